@@ -1,0 +1,106 @@
+"""Pictures to look at: detections beside the ground truth, and learning curves.
+
+    python figures.py curves RUN [RUN ...] --out curves.png      AP without and with NMS over training
+"""
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")                        # files only, no window
+import matplotlib.pyplot as plt
+import torch
+from PIL import Image, ImageDraw
+
+from scenes import contact_sheet
+
+COLOURS = ((230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180),
+           (70, 240, 240), (240, 50, 230), (210, 245, 60), (0, 128, 128))
+
+
+def draw_boxes(picture, boxes, labels, class_names, scores=None, side=384):
+    """A copy of a PIL picture with boxes (xyxy) and class names drawn on it, enlarged to at least `side` pixels."""
+    factor = max(1.0, side / max(picture.size))
+    canvas = picture.resize([round(v * factor) for v in picture.size], Image.BILINEAR)
+    pen = ImageDraw.Draw(canvas)
+    for n, (box, label) in enumerate(zip(boxes, labels)):
+        colour = COLOURS[label % len(COLOURS)]
+        x1, y1, x2, y2 = (v * factor for v in box)
+        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=2)
+        text = class_names[label] + (f" {scores[n]:.2f}" if scores is not None else "")
+        at = (min(x1 + 3, canvas.width - pen.textlength(text) - 1), max(0, y1 + 1))
+        pen.rectangle(pen.textbbox(at, text), fill=colour)
+        pen.text(at, text, fill="black")
+    return canvas
+
+
+def caption(picture, text):
+    """The picture with a line of text above it."""
+    canvas = Image.new("RGB", (picture.width, picture.height + 14), "white")
+    canvas.paste(picture, (0, 14))
+    ImageDraw.Draw(canvas).text((2, 1), text, fill="black")
+    return canvas
+
+
+def detections_beside_truth(pictures, detections, file, count=12, threshold=0.3):
+    """Pairs of pictures, left the ground truth, right the detections above `threshold`: what a run learned.
+
+    pictures: data.Pictures   detections: COCO result dicts (evaluate.detect)
+    """
+    a = pictures.annotations
+    of_image = {}
+    for d in detections:
+        if d["score"] >= threshold:
+            of_image.setdefault(d["image_id"], []).append(d)
+    label_of = {category: label for label, category in enumerate(a.category_ids)}
+    cells = []
+    for i in torch.linspace(0, len(a) - 1, min(count, len(a))).long().tolist():
+        picture, rows = pictures.picture(i), slice(int(a.first[i]), int(a.first[i + 1]))
+        found = of_image.get(a.image_ids[i], [])
+        boxes = [(x, y, x + w, y + h) for x, y, w, h in (d["bbox"] for d in found)]
+        cells.append(caption(draw_boxes(picture, a.boxes[rows].tolist(), a.labels[rows].tolist(), a.class_names),
+                             f"image {a.image_ids[i]}: ground truth"))
+        cells.append(caption(draw_boxes(picture, boxes, [label_of[d["category_id"]] for d in found], a.class_names,
+                                        [d["score"] for d in found]),
+                             f"image {a.image_ids[i]}: detections, no NMS, score >= {threshold}"))
+    contact_sheet(cells, columns=6).save(file)
+
+
+def learning_curves(runs, file):
+    """AP without (full line) and with NMS (dashed) over training, one colour a run.  Reads each run's eval.csv."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for n, run in enumerate(runs):
+        with open(Path(run) / "eval.csv", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        step = [int(row["step"]) for row in rows]
+        axes.plot(step, [float(row["AP"]) for row in rows], f"C{n}-", label=f"{Path(run).name}, no NMS")
+        axes.plot(step, [float(row["AP_nms"]) for row in rows], f"C{n}--", label=f"{Path(run).name}, with NMS")
+    axes.set_xlabel("training step")
+    axes.set_ylabel("AP on the validation pictures")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("curves", help="AP over training, of one or more runs made with --eval-every")
+    c.add_argument("runs", nargs="+", metavar="RUN", help="output folder of train.py")
+    c.add_argument("--out", default="curves.png", metavar="PNG", help="the picture to write")
+    args = parser.parse_args()
+    try:
+        learning_curves(args.runs, args.out)
+        print(f"wrote {args.out}")
+    except (OSError, KeyError, ValueError) as error:
+        print(f"figures.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,594 @@
+"""The detectors: backbone, neck, heads, and decoding to boxes.
+
+The paper (Section 3) takes detectors apart into object candidates, a classification sub-net, a
+location sub-net and a rule that assigns positive samples.  Everything but the rule is in this file.
+A detector comes in two forms: the one-to-one form of the paper (trained with assign.hungarian and
+losses.set_loss), and its original one-to-many form (`original=True`), which the first rows of Table 1 train.
+
+One alphabet, for the whole repository: B images in the batch, L pyramid levels, Q predictions of one
+image (all levels joined; row by row within a level, anchors innermost), G ground-truth objects of one
+image, C classes, K matched pairs, HxW a feature map.  Boxes are xyxy in pixels of the resized,
+un-padded image.  Classes are 0 ... C-1, without a background column.
+
+Images come in as uint8 RGB, padded at the right and at the bottom, with a mask that is true on padding.
+"""
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.ops import batched_nms, deform_conv2d
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)     # every class starts at a score of 0.01 (focal loss paper, 4.1)
+RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)       # ImageNet, 0-255 scale
+
+
+@dataclass
+class Prediction:
+    """What every detector returns, so that nothing downstream asks which detector it was."""
+    logits: torch.Tensor                    # (B, Q, C)
+    boxes: torch.Tensor                     # (B, Q, 4)
+    candidates: torch.Tensor | None = None  # (Q, 4) anchors, or points as boxes without extent
+    levels: torch.Tensor | None = None      # (Q,) pyramid level of each candidate
+    aux: list = field(default_factory=list)  # Predictions of earlier decoder layers, matched on their own
+    raw: dict = field(default_factory=dict)  # what only the original one-to-many recipe needs
+
+
+# ------------------------------------------------------------------------------------------------
+# backbones: a list of feature maps, fine to coarse; .strides and .channels describe them
+# ------------------------------------------------------------------------------------------------
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al., 2016), with group norm: see Tiny."""
+
+    def __init__(self, cin, cout, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(8, cout)
+        self.conv2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(8, cout)
+        self.shortcut = nn.Identity() if stride == 1 and cin == cout else nn.Conv2d(cin, cout, 1, stride)
+
+    def forward(self, x):
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class Tiny(nn.Module):
+    """A small backbone for pictures of about 128 pixels, trained from scratch on two CPU cores.
+
+    A patchify stem goes to stride 4 in one step, which is what makes it fast; the strides 4, 8, 16
+    keep the grid fine relative to objects of 20 to 80 pixels, as strides 8 to 128 do on COCO.  Group
+    norm rather than batch norm, so that one process with a batch of 16 and two with 8 each compute
+    the same gradient.
+    """
+    strides, channels = (4, 8, 16), (32, 64, 128)
+
+    def __init__(self):
+        super().__init__()
+        a, b, c = self.channels
+        self.stem = nn.Sequential(nn.Conv2d(3, a, 7, 4, 3, bias=False), nn.GroupNorm(8, a), nn.ReLU())
+        self.stage1 = ResidualBlock(a, a, 1)
+        self.stage2 = nn.Sequential(ResidualBlock(a, b, 2), ResidualBlock(b, b, 1))
+        self.stage3 = nn.Sequential(ResidualBlock(b, c, 2), ResidualBlock(c, c, 1))
+
+    def forward(self, x):                     # x: (B, 3, H, W)
+        c3 = self.stage1(self.stem(x))        # (B, 32, H/4, W/4)
+        c4 = self.stage2(c3)                  # (B, 64, H/8, W/8)
+        c5 = self.stage3(c4)                  # (B, 128, H/16, W/16)
+        return [c3, c4, c5]
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet without its classifier, giving C2 ... C5 at strides 4, 8, 16, 32.
+
+    norm: "frozen" (fixed statistics and affine, the recipe of all detectors but CenterNet) or "batch".
+    freeze: how many of stem, layer1, layer2, ... receive no gradient (2 in the published recipes).
+    """
+    strides = (4, 8, 16, 32)
+
+    def __init__(self, name, norm="frozen", freeze=2):
+        super().__init__()
+        self.name = name
+        body = getattr(torchvision.models, name)(
+            weights=None, norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d)
+        del body.fc, body.avgpool
+        self.body = body
+        layers = [body.layer1, body.layer2, body.layer3, body.layer4]
+        last = "conv2" if name in ("resnet18", "resnet34") else "conv3"
+        self.channels = tuple(getattr(layer[-1], last).out_channels for layer in layers)
+        for part in [[body.conv1, body.bn1], *[[layer] for layer in layers]][:freeze]:
+            for module in part:
+                module.requires_grad_(False)
+
+    def forward(self, x):                     # x: (B, 3, H, W)
+        b = self.body
+        x = b.maxpool(b.relu(b.bn1(b.conv1(x))))
+        features = []
+        for layer in (b.layer1, b.layer2, b.layer3, b.layer4):
+            x = layer(x)
+            features.append(x)
+        return features                       # [(B, c, H/4, W/4), ... (B, c, H/32, W/32)]
+
+
+# ------------------------------------------------------------------------------------------------
+# necks
+# ------------------------------------------------------------------------------------------------
+
+class FPN(nn.Module):
+    """Feature pyramid (Lin et al., 2017a) on the backbone's last three maps, plus `extra` coarser levels.
+
+    With a ResNet these are P3, P4, P5, and with extra = 2 P6 and P7, which RetinaNet and OneNet's FCOS
+    take from C5 and the original FCOS from P5 (`extra_from`).
+    """
+
+    def __init__(self, backbone, width=256, extra=2, extra_from="c5"):
+        super().__init__()
+        channels = backbone.channels[-3:]
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.output = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels)
+        self.extra_from = extra_from
+        first = channels[-1] if extra_from == "c5" else width
+        self.extra = nn.ModuleList(nn.Conv2d(width if n else first, width, 3, 2, 1) for n in range(extra))
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_uniform_(conv.weight, a=1)
+                nn.init.zeros_(conv.bias)
+        strides = list(backbone.strides[-3:])
+        self.strides = tuple(strides + [strides[-1] * 2 ** (n + 1) for n in range(extra)])
+
+    def forward(self, features):
+        c = features[-3:]
+        top = self.lateral[2](c[2])                                   # (B, width, H/32, W/32)
+        levels = [self.output[2](top)]
+        for lateral, output, x in zip(self.lateral[1::-1], self.output[1::-1], c[1::-1]):
+            top = lateral(x) + F.interpolate(top, scale_factor=2.0, mode="nearest")
+            levels.insert(0, output(top))
+        x = c[2] if self.extra_from == "c5" else levels[-1]
+        for n, conv in enumerate(self.extra):
+            x = conv(F.relu(x) if n else x)                           # P6, then P7 on ReLU(P6)
+            levels.append(x)
+        return levels
+
+
+class DeformConv(nn.Module):
+    """Modulated deformable 3x3 convolution (Zhu et al., 2019): where to look, and how much, is predicted."""
+
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.offset = nn.Conv2d(cin, 27, 3, padding=1)                # 9 taps x (dy, dx), then 9 masks
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+        self.weight = nn.Parameter(nn.Conv2d(cin, cout, 3, bias=False).weight.detach())
+
+    def forward(self, x):
+        where = self.offset(x).float()                                # (B, 27, H, W)
+        with torch.autocast(x.device.type, enabled=False):            # the operator is float32
+            return deform_conv2d(x.float(), where[:, :18].contiguous(), self.weight, padding=1,
+                                 mask=where[:, 18:].sigmoid())
+
+
+class Upsample(nn.Module):
+    """CenterNet's step up: 3x3 convolution (deformable or plain), then transposed convolution, stride 2."""
+
+    def __init__(self, cin, cout, deform):
+        super().__init__()
+        self.conv = DeformConv(cin, cout) if deform else nn.Conv2d(cin, cout, 3, padding=1)
+        self.conv_norm = nn.BatchNorm2d(cout)
+        self.up = nn.ConvTranspose2d(cout, cout, 4, 2, 1, bias=False)
+        self.up_norm = nn.BatchNorm2d(cout)
+
+    def forward(self, x):                                             # (B, cin, H, W)
+        x = F.relu(self.conv_norm(self.conv(x)))
+        return F.relu(self.up_norm(self.up(x)))                       # (B, cout, 2H, 2W)
+
+
+class DeconvNeck(nn.Module):
+    """CenterNet's neck: from the coarsest map up to stride 4, step by step.
+
+    The one-to-one form adds a 1x1 lateral of each finer map after the step's ReLU and ends in a 3x3
+    convolution; the original form does neither.
+    """
+
+    def __init__(self, backbone, widths=(256, 128, 64), deform=True, laterals=True):
+        super().__init__()
+        channels = backbone.channels[::-1]                            # coarse to fine
+        widths = widths[-(len(channels) - 1):]
+        self.steps = nn.ModuleList(Upsample(cin, cout, deform)
+                                   for cin, cout in zip((channels[0], *widths), widths))
+        self.lateral = nn.ModuleList(nn.Conv2d(c, w, 1) for c, w in zip(channels[1:], widths)) if laterals else None
+        self.output = nn.Conv2d(widths[-1], widths[-1], 3, padding=1) if laterals else nn.Identity()
+        self.width = widths[-1]
+
+    def forward(self, features):
+        x = features[-1]
+        for n, step in enumerate(self.steps):
+            x = step(x)
+            if self.lateral is not None:
+                x = x + self.lateral[n](features[-2 - n])
+        return self.output(x)                                         # (B, width, H/4, W/4)
+
+
+# ------------------------------------------------------------------------------------------------
+# candidates and boxes
+# ------------------------------------------------------------------------------------------------
+
+def grid_points(x, stride, offset):
+    """Centres (j * stride + offset, i * stride + offset) of a map's cells: (HW, 2), rows outer."""
+    h, w = x.shape[-2:]
+    ys, xs = torch.meshgrid(torch.arange(h, device=x.device), torch.arange(w, device=x.device), indexing="ij")
+    return torch.stack([xs, ys], -1).reshape(-1, 2).float() * stride + offset
+
+
+def apply_deltas(anchors, deltas, largest=math.log(1000 / 16)):
+    """Anchors (Q, 4) moved and scaled by (dx, dy, dw, dh) (..., Q, 4): boxes (..., Q, 4).
+
+    dx, dy are in units of the anchor's size, dw, dh are logarithms, cut at `largest` so that exp stays finite.
+    """
+    size = anchors[:, 2:] - anchors[:, :2]
+    centre = anchors[:, :2] + 0.5 * size + deltas[..., :2] * size
+    half = 0.5 * deltas[..., 2:].clamp(max=largest).exp() * size
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def get_deltas(anchors, boxes):
+    """The inverse of apply_deltas: (K, 4) anchors and (K, 4) boxes to (K, 4) deltas."""
+    size, target = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
+    shift = (boxes[:, :2] + 0.5 * target - anchors[:, :2] - 0.5 * size) / size
+    return torch.cat([shift, (target / size).log()], -1)
+
+
+def ltrb_to_xyxy(points, ltrb):
+    """Distances to the four sides (B, Q, 4), seen from points (Q, 2): boxes (B, Q, 4)."""
+    return torch.cat([points - ltrb[..., :2], points + ltrb[..., 2:]], -1)
+
+
+# ------------------------------------------------------------------------------------------------
+# from predictions to detections: (boxes (K, 4), scores (K,), labels (K,)), best first
+# ------------------------------------------------------------------------------------------------
+
+def top_k(boxes, scores, k):
+    """The k best (prediction, class) pairs: boxes (Q, 4), scores (Q, C).
+
+    No threshold, no arg-max over classes: one prediction may be reported under several classes.
+    """
+    best, flat = scores.flatten().topk(min(k, scores.numel()))
+    return boxes[flat // scores.shape[1]], best, flat % scores.shape[1]
+
+
+def with_nms(boxes, scores, labels, threshold, k):
+    """Class-wise non-maximum suppression, then the k best."""
+    keep = batched_nms(boxes.float(), scores.float(), labels, threshold)[:k]
+    return boxes[keep], scores[keep], labels[keep]
+
+
+def end_to_end_detections(prediction, n, k, nms=0.5):
+    """Image n of a one-to-one detector: its k best, and the same after NMS on those k (as OneNet's code)."""
+    plain = top_k(prediction.boxes[n], prediction.logits[n].sigmoid(), k)
+    return {"plain": plain, "nms": with_nms(*plain, nms, k)}
+
+
+def candidate_detections(prediction, scores, n, k, nms, accept, per_level=1000):
+    """Image n of an original RetinaNet or FCOS.  scores (Q, C); accept (Q, C): true where a pair may be reported.
+
+    Per level the 1,000 best accepted pairs; with NMS over all of them, the k best remain.  "Without NMS"
+    is the k best of the very same pairs (the paper does not say how its 7.7 and 17.3 were made).
+    """
+    scores = scores.masked_fill(~accept, 0)
+    per = [top_k(prediction.boxes[n][at], scores[at], per_level)
+           for at in (prediction.levels == level for level in prediction.levels.unique())]
+    boxes, best, labels = (torch.cat(part) for part in zip(*per))
+    order = best.argsort(descending=True, stable=True)[:int((best > 0).sum())]
+    plain = boxes[order], best[order], labels[order]
+    return {"plain": tuple(part[:k] for part in plain), "nms": with_nms(*plain, nms, k)}
+
+
+def to_original(detections, target):
+    """Detections of a resized image in pixels of its original, clipped there, empty boxes dropped."""
+    boxes, scores, labels = detections
+    (h, w), (original_h, original_w) = target["size"].tolist(), target["original_size"].tolist()
+    boxes = boxes * boxes.new_tensor([original_w / w, original_h / h] * 2)
+    limit = boxes.new_tensor([original_w, original_h] * 2)
+    boxes = torch.minimum(boxes.clamp(min=0), limit)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return boxes[keep], scores[keep], labels[keep]
+
+
+# ------------------------------------------------------------------------------------------------
+# the dense detectors
+# ------------------------------------------------------------------------------------------------
+
+class Detector(nn.Module):
+    """Normalises images on the device and runs the backbone; the sub-classes add neck and heads.
+
+    `candidates` says what the pre-defined object candidates are, "anchors" or "points" (Section 2.1).
+    """
+
+    def __init__(self, backbone, mean=RGB_MEAN, std=RGB_STD):
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def features(self, images, mask):
+        x = (images.float() - self.mean) / self.std                   # (B, 3, H, W)
+        x = x.masked_fill(mask[:, None], 0).contiguous(memory_format=torch.channels_last)
+        return self.backbone(x)
+
+
+def tower(width, depth, norm, bias):
+    """`depth` times 3x3 convolution, group norm if asked for, ReLU.  Shared over the levels."""
+    layers = []
+    for _ in range(depth):
+        layers.append(nn.Conv2d(width, width, 3, padding=1, bias=bias))
+        if norm:
+            layers.append(nn.GroupNorm(32 if width >= 256 else 8, width))
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+def init_heads(parts, original):
+    """Head weights: normal(0, 0.01) in the original detectors, Xavier in OneNet's; biases 0."""
+    for part in parts:
+        for m in part.modules():
+            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.normal_(m.weight, std=0.01) if original else nn.init.xavier_uniform_(m.weight)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+            elif isinstance(m, DeformConv) and not original:
+                nn.init.xavier_uniform_(m.weight)
+
+
+class RetinaNet(Detector):
+    """Lin et al., 2017b: nine anchors a point, deltas from anchor to box, focal loss.
+
+    The original has biases in the towers and normal(0, 0.01) weights; OneNet's has no biases and Xavier
+    weights.  Neither has norms.
+    """
+    candidates = "anchors"
+    ANCHORS = 9
+
+    def __init__(self, backbone, num_classes, original=False, width=256, depth=4, extra=2):
+        super().__init__(backbone)
+        self.original = original
+        self.neck = FPN(backbone, width, extra)
+        self.strides = self.neck.strides
+        self.class_tower = tower(width, depth, norm=False, bias=original)
+        self.box_tower = tower(width, depth, norm=False, bias=original)
+        self.score = nn.Conv2d(width, self.ANCHORS * num_classes, 3, padding=1)
+        self.delta = nn.Conv2d(width, self.ANCHORS * 4, 3, padding=1)
+        init_heads([self.class_tower, self.box_tower, self.score, self.delta], original)
+        nn.init.constant_(self.score.bias, PRIOR_BIAS)
+        if original:                          # losses.retinanet_loss keeps its moving average here
+            self.register_buffer("positives_average", torch.tensor(100.0))
+
+    def anchors(self, x, stride):
+        """(HW * 9, 4): sides 4 * stride times 2^0, 2^(1/3), 2^(2/3), outer; ratios h/w 0.5, 1, 2, inner.
+
+        Centred on (j * stride, i * stride), without half a cell's offset, as in detectron2.
+        """
+        half = torch.tensor([[(area / ratio) ** 0.5 / 2, (area * ratio) ** 0.5 / 2]
+                             for area in ((4 * stride * 2 ** (n / 3)) ** 2 for n in range(3))
+                             for ratio in (0.5, 1.0, 2.0)], device=x.device)
+        centre = grid_points(x, stride, 0)[:, None]                           # (HW, 1, 2)
+        return torch.cat([centre - half, centre + half], -1).reshape(-1, 4)
+
+    def forward(self, images, mask):
+        logits, deltas, anchors, levels = [], [], [], []
+        for level, (x, stride) in enumerate(zip(self.neck(self.features(images, mask)), self.strides)):
+            B, _, H, W = x.shape
+            score, delta = self.score(self.class_tower(x)), self.delta(self.box_tower(x))
+            logits.append(score.float().permute(0, 2, 3, 1).reshape(B, H * W * self.ANCHORS, -1))
+            deltas.append(delta.float().permute(0, 2, 3, 1).reshape(B, H * W * self.ANCHORS, 4))
+            anchors.append(self.anchors(x, stride))                           # (9HW, 4)
+            levels.append(torch.full((len(anchors[-1]),), level, device=x.device))
+        logits, deltas, anchors = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
+        raw = {"deltas": deltas, "positives_average": self.positives_average} if self.original else {}
+        return Prediction(logits, apply_deltas(anchors, deltas), anchors, torch.cat(levels), raw=raw)
+
+    def detections(self, prediction, n, k=100):
+        if not self.original:
+            return end_to_end_detections(prediction, n, k)
+        scores = prediction.logits[n].sigmoid()
+        return candidate_detections(prediction, scores, n, k, nms=0.5, accept=scores > 0.05)
+
+
+class FCOS(Detector):
+    """Tian et al., 2019: every point predicts its distances to the four sides of the box.
+
+    OneNet's form has no centre-ness, no biases in the towers, and P6 from C5; the original has all three the
+    other way round.  Both have group norm and one learned scale per level.
+    """
+    candidates = "points"
+
+    def __init__(self, backbone, num_classes, original=False, width=256, depth=4, extra=2):
+        super().__init__(backbone)
+        self.original = original
+        self.neck = FPN(backbone, width, extra, extra_from="p5" if original else "c5")
+        self.strides = self.neck.strides
+        self.class_tower = tower(width, depth, norm=True, bias=original)
+        self.box_tower = tower(width, depth, norm=True, bias=original)
+        self.score = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.ltrb = nn.Conv2d(width, 4, 3, padding=1)
+        self.centreness = nn.Conv2d(width, 1, 3, padding=1) if original else None
+        self.scale = nn.Parameter(torch.ones(len(self.strides)))
+        heads = [self.class_tower, self.box_tower, self.score, self.ltrb]
+        init_heads(heads + ([self.centreness] if original else []), original)
+        nn.init.constant_(self.score.bias, PRIOR_BIAS)
+
+    def forward(self, images, mask):
+        logits, boxes, centreness, points, levels = [], [], [], [], []
+        for level, (x, stride) in enumerate(zip(self.neck(self.features(images, mask)), self.strides)):
+            box_features = self.box_tower(x)                                          # (B, width, H, W)
+            logits.append(self.score(self.class_tower(x)).float().flatten(2).mT)      # (B, HW, C)
+            ltrb = F.relu(self.scale[level] * self.ltrb(box_features).float()) * stride  # (B, 4, H, W) pixels
+            points.append(grid_points(x, stride, stride // 2))                        # (HW, 2)
+            boxes.append(ltrb_to_xyxy(points[-1], ltrb.flatten(2).mT))                # (B, HW, 4)
+            levels.append(torch.full((len(points[-1]),), level, device=x.device))
+            if self.original:
+                centreness.append(self.centreness(box_features).float().flatten(1))   # (B, HW)
+        raw = {"centreness": torch.cat(centreness, 1)} if self.original else {}
+        return Prediction(torch.cat(logits, 1), torch.cat(boxes, 1), torch.cat(points).repeat(1, 2),
+                          torch.cat(levels), raw=raw)
+
+    def detections(self, prediction, n, k=100):
+        if not self.original:
+            return end_to_end_detections(prediction, n, k)
+        p = prediction.logits[n].sigmoid()                                            # (Q, C)
+        scores = (p * prediction.raw["centreness"][n].sigmoid()[:, None]).sqrt()
+        return candidate_detections(prediction, scores, n, k, nms=0.6, accept=p > 0.05)
+
+
+class CenterNet(Detector):
+    """Zhou et al., 2019: one map at stride 4; an object is a point.
+
+    The original predicts a heat map, the size and the offset of the centre within its cell; OneNet's predicts
+    a class score and the distances to the four sides, in pixels, from one shared trunk.
+    """
+    candidates = "points"
+    STRIDE = 4
+
+    def __init__(self, backbone, num_classes, original=False, widths=(256, 128, 64), deform=True):
+        super().__init__(backbone)
+        self.original, self.strides = original, (self.STRIDE,)
+        self.neck = DeconvNeck(backbone, widths, deform, laterals=not original)
+        width = self.neck.width
+        if original:
+            self.score, self.size, self.offset = (
+                nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, channels, 1))
+                for channels in (num_classes, 2, 2))
+            nn.init.constant_(self.score[-1].bias, -2.19)     # a score of 0.1 (CenterNet's own prior)
+        else:
+            self.trunk = nn.Conv2d(width, width, 3, padding=1)
+            self.score = nn.Conv2d(width, num_classes, 3, padding=1)
+            self.ltrb = nn.Conv2d(width, 4, 3, padding=1)
+            # OneNet's Xavier initialisation covers the neck too, even the deformable offsets' zeros
+            init_heads([self.neck, self.trunk, self.score, self.ltrb], original=False)
+            nn.init.constant_(self.score.bias, PRIOR_BIAS)
+
+    def forward(self, images, mask):
+        x = self.neck(self.features(images, mask))                            # (B, 64, H, W)
+        corner, raw = grid_points(x, self.STRIDE, 0), {}                      # (HW, 2)
+        if self.original:
+            logits = self.score(x).float().flatten(2).mT                      # (B, HW, C)
+            size, offset = (part(x).float().flatten(2).mT for part in (self.size, self.offset))   # (B, HW, 2) cells
+            centre = corner + self.STRIDE * offset
+            boxes = torch.cat([centre - self.STRIDE / 2 * size, centre + self.STRIDE / 2 * size], -1)
+            raw = {"size": size, "offset": offset, "grid": x.shape[-2:], "stride": self.STRIDE}
+        else:
+            x = F.relu(self.trunk(x))
+            logits = self.score(x).float().flatten(2).mT                      # (B, HW, C)
+            ltrb = F.relu(self.ltrb(x).float()).flatten(2).mT                 # (B, HW, 4) pixels of the image
+            boxes = ltrb_to_xyxy(corner + self.STRIDE // 2, ltrb)
+        points = (corner + self.STRIDE // 2).repeat(1, 2)
+        return Prediction(logits, boxes, points, torch.zeros(len(points), dtype=torch.long, device=x.device), raw=raw)
+
+    def detections(self, prediction, n, k=100):
+        """The original's "NMS" keeps the cells that are the maximum of their 3x3 neighbours, per class."""
+        if not self.original:
+            return end_to_end_detections(prediction, n, k)
+        scores = prediction.logits[n].sigmoid()                               # (HW, C)
+        heat = scores.mT.unflatten(1, prediction.raw["grid"])[None]           # (1, C, H, W)
+        peak = (F.max_pool2d(heat, 3, 1, 1) == heat)[0].flatten(1).mT         # (HW, C)
+        plain = top_k(prediction.boxes[n], scores, k)
+        return {"plain": plain, "nms": top_k(prediction.boxes[n], scores * peak, k), "box_nms": with_nms(*plain, 0.5, k)}
+
+
+DETECTORS = {"retinanet": RetinaNet, "centernet": CenterNet, "fcos": FCOS}
+BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
+
+
+def build(detector, num_classes, backbone, original=False, norm="frozen", freeze=2, **options):
+    """A detector by name.  norm and freeze concern ResNets; options go to the detector's constructor.
+
+    These arguments are all that a checkpoint needs to hold beside the weights.
+    """
+    body = Tiny() if backbone == "tiny" else ResNet(backbone, norm, freeze)
+    model = DETECTORS[detector](body, num_classes, original=original, **options)
+    return model.to(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------
+# checkpoints
+# ------------------------------------------------------------------------------------------------
+
+class CheckpointError(ValueError):
+    """A weights file cannot be used: one sentence that says why."""
+
+
+def read_checkpoint(file):
+    """A checkpoint of train.py, read without running any code in it.  Raises CheckpointError."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); check the path") from None
+    except Exception as error:               # cut short, not a checkpoint, or a pickle that would run code
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise CheckpointError(f"{file}: refused: it holds objects other than tensors and plain values, which could "
+                                  f"run code when loaded") from None
+        raise CheckpointError(f"{file}: not a readable checkpoint (cut short, or another kind of file); copy it again") from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{file}: not a checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def from_checkpoint(checkpoint, file):
+    """The detector a checkpoint of train.py describes, with its weights."""
+    if not {"build", "model", "class_names", "test_transform", "args"} <= checkpoint.keys():
+        raise CheckpointError(f"{file}: not a checkpoint of train.py (it lacks the description of the detector)")
+    model = build(**checkpoint["build"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{file}: its weights do not fit its own description: {error}") from None
+    return model
+
+
+def load_weights(model, file):
+    """Weights that fit, by name and shape, from a checkpoint into a model; the rest is returned.
+
+    Returns (missing, left over, of another shape): names of the model's own tensors that got nothing, and of the file's
+    that were not used.
+    """
+    checkpoint = read_checkpoint(file)
+    given = checkpoint.get("model", checkpoint)
+    own = model.state_dict()
+    shapes = [k for k in own if k in given and torch.is_tensor(given[k]) and own[k].shape != given[k].shape]
+    fits = {k: given[k] for k in own if k in given and torch.is_tensor(given[k]) and k not in shapes}
+    if not fits:
+        raise CheckpointError(f"{file}: none of its {len(given)} entries fits this detector; it is of another detector "
+                              f"or not a checkpoint of train.py")
+    model.load_state_dict(fits, strict=False)
+    return [k for k in own if k not in given], [k for k in given if k not in own], shapes
+
+
+def load_backbone(backbone, weights):
+    """Pre-trained weights into a backbone.  weights: "imagenet" (torchvision's, V1), or a file.
+
+    A file is a torchvision ResNet's state dict, or a checkpoint of train.py with the same backbone.
+    """
+    if weights == "imagenet":
+        if isinstance(backbone, Tiny):
+            raise CheckpointError("--backbone-weights imagenet: there are none for the tiny backbone; use a resnet, or none")
+        try:
+            given = torchvision.models.get_model_weights(backbone.name)["IMAGENET1K_V1"].get_state_dict(progress=True, weights_only=True)
+        except OSError as error:
+            raise CheckpointError(f"--backbone-weights imagenet: cannot be downloaded ({error}); fetch torchvision's {backbone.name} "
+                                  f"on another machine and give its file") from None
+    else:
+        given = read_checkpoint(weights)
+    if "model" in given:
+        given = {k.removeprefix("backbone."): v for k, v in given["model"].items() if k.startswith("backbone.")}
+    else:
+        given = {f"body.{k}": v for k, v in given.items() if not k.startswith("fc.")}
+    own = backbone.state_dict()
+    given = {k: v for k, v in given.items() if k in own or not k.endswith("num_batches_tracked")}
+    missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
+    wrong = [k for k in given if k not in own or own[k].shape != given[k].shape]
+    if missing or wrong:
+        raise CheckpointError(f"{weights}: not the weights of this backbone: {len(missing)} tensors missing, {len(wrong)} left "
+                              f"over or of another shape (first: {(missing + wrong)[0]})")
+    backbone.load_state_dict(given, strict=False)

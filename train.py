@@ -1,0 +1,596 @@
+"""Train a detector with the assignment and the matching cost of your choice: every row of Tables 1 and 2.
+
+    python train.py                                                        the paper's detector, on embedded data
+    python train.py --class-cost 0 --location-cost predefined              its "location only" row: duplicates return
+    python train.py --assign one-to-many                                   the original FCOS: lives on NMS
+    python train.py --assign my.py:my_function                             your own idea
+    torchrun --nproc-per-node 8 train.py --data coco --detector retinanet --backbone-weights imagenet
+
+Every flag has a default that suits the data set and the detector; what is in force is printed, and
+saved in OUT/args.json.  A run leaves in OUT:
+
+    args.json         every effective flag, versions
+    log.csv           a row per logging step: losses, learning rate, gradient norm, seconds waiting for data
+    eval.csv          a row per evaluation: AP and AP50 without and with NMS
+    last.pt           the checkpoint: `--resume` goes on from it, `python evaluate.py --weights` scores it
+    detections.json   the detections of the last evaluation, COCO result format (and detections_nms.json)
+    metrics.json      their figures, in percent
+    detections.png    some of them, drawn beside the ground truth
+"""
+import argparse
+import contextlib
+import csv
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import assign
+import data
+import evaluate
+import figures
+import losses
+import models
+
+
+class UsageError(ValueError):
+    """Flags that cannot be followed: one sentence that says why."""
+
+
+class TrainingStopped(RuntimeError):
+    """NaN or Inf in the losses, or a strategy that fails: says at which step and for which images."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or a request to end; the checkpoint is written."""
+
+
+# ------------------------------------------------------------------------------------------------
+# recipes: the defaults of the flags, by data set, detector and form; any flag overrides them
+# ------------------------------------------------------------------------------------------------
+
+EVERYWHERE = {"assign": "hungarian", "location_cost": "predicted", "class_cost": 2.0, "seed": 0, "accumulate": 1,
+              "precision": "fp32", "eval_every": 0, "log_every": 20, "checkpoint_every": 500, "momentum": 0.9,
+              "weight_decay": 1e-4, "backbone_lr_factor": 1.0, "clip_grad": 0.0, "flip": 0.5, "crop": 0.0,
+              "max_dets": 100, "warmup_steps": 0, "warmup_factor": 0.01, "milestones": [], "backbone_weights": "none",
+              "deform": False, "drop_bad_boxes": False}
+
+# 3.5, 4.6 and 5.2 of the published configurations: OneNet's code, "3x"
+ONENET = {"steps": 270_000, "batch_size": 16, "optimizer": "adamw", "lr": 4e-5, "schedule": "step", "milestones": [210_000, 250_000],
+          "warmup_steps": 1000, "clip_grad": 1.0, "train_sizes": [640, 672, 704, 736, 768, 800, 832, 864, 896],
+          "train_longest": 1500, "crop": 0.5}
+# detectron2's and the authors' "1x"
+ORIGINAL = {"steps": 90_000, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "schedule": "step", "milestones": [60_000, 80_000],
+            "warmup_steps": 1000, "warmup_factor": 0.001, "train_sizes": [640, 672, 704, 736, 768, 800], "train_longest": 1333}
+
+RECIPES = {
+    # chosen as a demonstration for two CPU cores; all rows of a detector share everything but the row's flags
+    "scenes": {
+        "": {"backbone": "tiny", "width": 64, "depth": 2, "extra_levels": 0, "steps": 3000, "batch_size": 16,
+             "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [128],
+             "train_longest": 128, "test_size": 128, "test_longest": 128, "workers": 0},
+    },
+    "custom": {
+        "": {"backbone": "resnet18", "width": 128, "depth": 2, "extra_levels": 2, "steps": 3000, "batch_size": 16,
+             "optimizer": "adamw", "lr": 5e-4, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [320],
+             "train_longest": 448, "test_size": 320, "test_longest": 448, "workers": 0},
+    },
+    "coco": {
+        "": {"backbone": "resnet50", "width": 256, "depth": 4, "extra_levels": 2, "workers": 4, "test_size": 800, "test_longest": 1333,
+             "checkpoint_every": 2500, "drop_bad_boxes": True, "backbone_weights": "imagenet", "deform": True, **ONENET},
+        "centernet": {"batch_size": 64, "lr": 5e-5, "train_sizes": [416, 448, 480, 512], "train_longest": 853,
+                      "test_size": 512, "test_longest": 853},
+        "retinanet one-to-many": ORIGINAL,
+        "fcos one-to-many": {**ORIGINAL, "train_sizes": [800]},
+    },
+}
+
+
+def recipe(data_set, detector, one_to_many):
+    """The defaults in force for a data set, a detector and a form."""
+    known = RECIPES[data_set]
+    one_to_many = " one-to-many" if one_to_many else ""
+    return {**EVERYWHERE, **known[""], **known.get(detector, {}), **(known.get(detector + one_to_many, {}))}
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = parser.add_argument_group("detector (Section 3.1)")
+    g.add_argument("--detector", choices=tuple(models.DETECTORS), help="which detector (default: fcos)")
+    g.add_argument("--backbone", choices=models.BACKBONES, help="tiny is for pictures of about 128 pixels (scenes: tiny; coco: resnet50)")
+    g.add_argument("--backbone-weights", metavar="W", help="none, imagenet (torchvision's), or a file: a torchvision ResNet or a last.pt")
+    g.add_argument("--width", type=int, metavar="N", help="channels of pyramid and towers (RetinaNet, FCOS)")
+    g.add_argument("--depth", type=int, metavar="N", help="convolutions in a tower (RetinaNet, FCOS)")
+    g.add_argument("--extra-levels", type=int, metavar="N", help="pyramid levels above the backbone's last map (2 gives P6 and P7)")
+    g.add_argument("--deform", action=argparse.BooleanOptionalAction, default=None, help="deformable convolutions in CenterNet's neck")
+    g = parser.add_argument_group("positive samples (Section 3.2, Table 1)")
+    g.add_argument("--assign", metavar="A", help="one-to-many: the detector's original rule, form and losses; hungarian (default): one-to-one; "
+                   "or another strategy: min-cost, top-k, one-to-many-iou, one-to-many-points, my.py:my_function")
+    g = parser.add_argument_group("matching cost (Section 3.3, Table 2)")
+    g.add_argument("--class-cost", type=float, metavar="W", help="weight of the classification cost (default 2); 0 gives the 'location only' rows, "
+                   "where duplicates return")
+    g.add_argument("--location-cost", choices=("predefined", "predicted"), help="between objects and anchors or points, or predicted boxes (default)")
+    g = parser.add_argument_group("data")
+    data.add_data_flags(g)
+    g.add_argument("--train-sizes", type=int, nargs="+", metavar="N", help="shorter sides to choose from in training, pixels")
+    g.add_argument("--train-longest", type=int, metavar="N", help="limit of the longer side in training")
+    g.add_argument("--test-size", type=int, metavar="N", help="shorter side in evaluation")
+    g.add_argument("--test-longest", type=int, metavar="N", help="limit of the longer side in evaluation")
+    g.add_argument("--flip", type=float, metavar="P", help="probability of a horizontal flip (default 0.5)")
+    g.add_argument("--crop", type=float, metavar="P", help="probability of DETR's resize-crop-resize (coco: 0.5)")
+    g.add_argument("--workers", type=int, metavar="N", help="processes that read pictures, per training process (coco: 4, else 0)")
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
+    g.add_argument("--batch-size", type=int, metavar="N", help="images per step, over all processes and micro-batches")
+    g.add_argument("--accumulate", type=int, metavar="N", help="micro-batches per step (default 1): less memory, the same step")
+    g.add_argument("--optimizer", choices=("adamw", "sgd"))
+    g.add_argument("--lr", type=float, help="peak learning rate")
+    g.add_argument("--backbone-lr-factor", type=float, metavar="F", help="the backbone's learning rate is this times --lr (default 1)")
+    g.add_argument("--weight-decay", type=float, metavar="W", help="default 1e-4; SGD spares norm layers, as published")
+    g.add_argument("--momentum", type=float, help="of SGD (default 0.9)")
+    g.add_argument("--schedule", choices=("step", "one-cycle"), help="step: linear warm-up, then a tenth at each milestone; "
+                   "one-cycle: up over the first tenth, then down a cosine")
+    g.add_argument("--warmup-steps", type=int, metavar="N")
+    g.add_argument("--warmup-factor", type=float, metavar="F", help="of the learning rate at step 0 (step schedule)")
+    g.add_argument("--milestones", type=int, nargs="*", metavar="N", help="steps at which the learning rate falls to a tenth")
+    g.add_argument("--clip-grad", type=float, metavar="NORM", help="largest norm of the whole gradient; 0: no clipping")
+    g = parser.add_argument_group("the run")
+    g.add_argument("--out", metavar="DIR", help="folder for everything (default: runs/ and a name made of the row)")
+    g.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, exactly; flags not given are taken from it")
+    g.add_argument("--init", metavar="FILE", help="start from these weights only; what did not fit is listed")
+    g.add_argument("--seed", type=int, help="of weights, order and augmentation (default 0)")
+    g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    g.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 runs the network in bfloat16; costs and losses stay float32")
+    g.add_argument("--eval-every", type=int, metavar="N", help="evaluate every N steps, and always at the end (default 0: only then)")
+    g.add_argument("--max-dets", type=int, metavar="N", help="detections per image in evaluation (default 100)")
+    g.add_argument("--log-every", type=int, metavar="N", help="steps between rows of log.csv (default 20)")
+    g.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints (default 500; coco: 2500)")
+    return parser
+
+
+FREE_ON_RESUME = {"out", "resume", "init", "device", "workers", "log_every", "checkpoint_every"}
+
+
+def effective_flags(given):
+    """Every flag's value in force, from those given on the command line (None: not given) and the recipe.
+
+    With --resume they come from the checkpoint, and a flag given with another value is refused by name.
+    Returns flags (dict), checkpoint (dict or None).
+    """
+    if given["resume"]:
+        if not given["out"]:
+            raise UsageError("--resume needs --out, the folder of the run to go on with")
+        checkpoint = models.read_checkpoint(Path(given["out"]) / "last.pt")
+        saved = checkpoint.get("args")
+        if not saved:
+            raise models.CheckpointError(f"{given['out']}/last.pt: not a checkpoint of train.py")
+        changed = [f"--{name.replace('_', '-')} (was {saved.get(name)}, now {value})" for name, value in given.items()
+                   if value is not None and name not in FREE_ON_RESUME and value != saved.get(name)]
+        if changed:
+            raise UsageError(f"--resume continues the same run, but these flags changed: {', '.join(changed)}; leave them out, or "
+                             f"start a new run with --init {given['out']}/last.pt")
+        free = {name: value for name, value in given.items() if name in FREE_ON_RESUME and value is not None}
+        return {**saved, **free}, checkpoint
+    data_set, detector = given["data"] or "scenes", given["detector"] or "fcos"
+    flags = {**given, **{k: v for k, v in recipe(data_set, detector, given["assign"] == "one-to-many").items() if given.get(k) is None}}
+    flags["data"], flags["detector"] = data_set, detector
+    return flags, None
+
+
+def check_flags(flags, world):
+    """Raises UsageError for values that argparse lets through."""
+    for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "max_dets", "width", "depth"):
+        if flags[name] < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {flags[name]}: must be at least 1")
+    if not flags["lr"] > 0 or not math.isfinite(flags["lr"]):
+        raise UsageError(f"--lr {flags['lr']}: must be positive")
+    if flags["batch_size"] % (world * flags["accumulate"]):
+        raise UsageError(f"--batch-size {flags['batch_size']}: must be a multiple of {world} process(es) x {flags['accumulate']} "
+                         f"micro-batch(es)")
+    if flags["assign"] == "one-to-many" and (flags["class_cost"], flags["location_cost"]) != (
+            EVERYWHERE["class_cost"], EVERYWHERE["location_cost"]):
+        raise UsageError("--assign one-to-many is the detector's original rule; --class-cost and --location-cost do not apply to it")
+
+
+def headline(flags, num_pictures, num_classes):
+    """What this run trains, in the paper's words."""
+    name = {"fcos": "FCOS", "retinanet": "RetinaNet", "centernet": "CenterNet"}[flags["detector"]]
+    if flags["assign"] == "one-to-many":
+        rule = "its original one-to-many assignment and losses"
+    else:
+        kind = {"hungarian": "one-to-one", "min-cost": "minimum-cost"}.get(flags["assign"], flags["assign"])
+        cost = f"{flags['class_cost']:g} x classification cost + " if flags["class_cost"] else "location cost only: "
+        rule = f"{kind} positive sample assignment, matching cost = {cost}{flags['location_cost'].replace('predefined', 'pre-defined')} location cost"
+    return f"{name} ({flags['backbone']}) with {rule}; {flags['data']}, {num_pictures} pictures, {num_classes} classes, {flags['steps']} steps"
+
+
+def run_name(flags):
+    rule = flags["assign"].replace("/", "_").replace(":", "-")
+    if rule != "one-to-many":
+        rule += f"-{flags['location_cost']}-class{flags['class_cost']:g}"
+    return f"{flags['data']}-{flags['detector']}-{rule}"
+
+
+# ------------------------------------------------------------------------------------------------
+# the parts of a run
+# ------------------------------------------------------------------------------------------------
+
+def build_arguments(flags, num_classes):
+    """What models.build needs; it travels in the checkpoint."""
+    build = {"detector": flags["detector"], "num_classes": num_classes, "backbone": flags["backbone"],
+             "original": flags["assign"] == "one-to-many"}
+    if flags["backbone"] != "tiny":
+        # without pre-trained weights there is nothing to freeze; CenterNet trains all of it, norms too
+        train_all = flags["backbone_weights"] == "none" or flags["detector"] == "centernet"
+        build.update(norm="batch" if train_all else "frozen", freeze=0 if train_all else 2)
+    if flags["detector"] == "centernet":
+        build["deform"] = flags["deform"]
+        if flags["backbone"] == "tiny":
+            build["widths"] = (flags["width"], flags["width"])
+    else:
+        build.update(width=flags["width"], depth=flags["depth"], extra=flags["extra_levels"])
+    return build
+
+
+def make_cost(model, flags):
+    """cost(one, target) -> (Q, G) for assign.match: Eq. 5, or what the original rule compares."""
+    original, strides = flags["assign"] == "one-to-many", model.strides
+    if original and flags["detector"] == "retinanet":
+        return lambda one, target: assign.iou_cost(one["candidates"], target["boxes"])
+    if original:
+        return lambda one, target: assign.fcos_area_cost(one["candidates"], one["levels"], target["boxes"], strides)
+    location = assign.predicted_location
+    if flags["location_cost"] == "predefined":
+        location = {"retinanet": assign.anchor_location, "centernet": assign.point_location,
+                    "fcos": functools.partial(assign.level_point_location, strides=strides)}[flags["detector"]]
+    return functools.partial(assign.matching_cost, location=location, class_weight=flags["class_cost"])
+
+
+def make_strategy(flags):
+    if flags["assign"] == "one-to-many":
+        return {"retinanet": assign.one_to_many_iou, "fcos": assign.one_to_many_points, "centernet": None}[flags["detector"]]
+    return assign.load_strategy(flags["assign"])
+
+
+def detection_loss(model, prediction, targets, num_objects, cost, strategy):
+    """Positive samples, then Eq. 1.  Returns a dict of weighted terms."""
+    if model.original and isinstance(model, models.CenterNet):
+        return losses.centernet_loss(prediction, targets)
+    matches = assign.match(prediction, targets, cost, strategy)      # <- the paper is this line (Eq. 3 and 5)
+    if model.original:
+        original_loss = losses.retinanet_loss if isinstance(model, models.RetinaNet) else losses.fcos_loss
+        return original_loss(prediction, targets, matches)
+    return losses.set_loss(prediction, targets, matches, num_objects)          # <- Eq. 1
+
+
+def make_optimizer(model, flags, device):
+    """AdamW or SGD; the backbone's parameters are a group of their own, so that they can learn more slowly."""
+    norms = {id(p) for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)) for p in m.parameters()}
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            factor = flags["backbone_lr_factor"] if name.startswith("backbone.") else 1.0
+            decay = 0.0 if flags["optimizer"] == "sgd" and id(p) in norms else flags["weight_decay"]
+            groups.setdefault((factor, decay, name.startswith("backbone.")), []).append(p)
+    groups = [{"params": ps, "lr": flags["lr"] * factor, "peak": flags["lr"] * factor, "weight_decay": decay}
+              for (factor, decay, _), ps in groups.items()]
+    if flags["optimizer"] == "sgd":
+        return torch.optim.SGD(groups, momentum=flags["momentum"])
+    return torch.optim.AdamW(groups, fused=torch.device(device).type in ("cuda", "cpu"))
+
+
+def lr_factor(step, flags):
+    """Learning rate of a step, in units of the peak."""
+    if flags["schedule"] == "one-cycle":
+        up = max(1, flags["steps"] // 10)
+        if step < up:
+            return (step + 1) / up
+        return 0.5 * (1 + math.cos(math.pi * (step - up) / max(1, flags["steps"] - up)))
+    factor = 0.1 ** sum(step >= m for m in flags["milestones"])
+    if step < flags["warmup_steps"]:
+        factor *= flags["warmup_factor"] + (1 - flags["warmup_factor"]) * step / flags["warmup_steps"]
+    return factor
+
+
+def save_whole(content, file):
+    """torch.save that leaves the old file or the new one, never half of one."""
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def random_states(device):
+    states = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.device(device).type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states, device):
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+class Log:
+    """A CSV file, opened anew for each row.  On resume, rows after the checkpoint's step are cut off."""
+
+    def __init__(self, file, step):
+        self.file = Path(file)
+        if self.file.exists():
+            lines = self.file.read_text().splitlines()
+            kept = lines[:1] + [line for line in lines[1:] if line and int(line.split(",")[0]) <= step]
+            self.file.write_text("".join(line + "\n" for line in kept) if step else "")
+
+    def row(self, values):
+        new = not self.file.exists() or self.file.stat().st_size == 0
+        with open(self.file, "a", newline="") as stream:
+            writer = csv.DictWriter(stream, values, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+
+
+def versions(flags):
+    weights = flags["backbone_weights"]
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "backbone_weights_sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest() if os.path.isfile(weights) else None}
+
+
+def to_device(targets, device):
+    return [{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
+
+
+# ------------------------------------------------------------------------------------------------
+# the run
+# ------------------------------------------------------------------------------------------------
+
+def train(flags, checkpoint, rank, world, device):
+    """Everything from flags to figures.  Returns metrics (process 0) or None."""
+    main_process = rank == 0
+    say = print if main_process else lambda *args, **kwargs: None
+    if not main_process and flags["data"] == "scenes":
+        dist.barrier()                                               # process 0 draws the scenes first
+    train_files, val_files = data.locate(flags, "train"), data.locate(flags, "val")
+    if main_process and world > 1 and flags["data"] == "scenes":
+        dist.barrier()
+    train_set = data.read_coco(*train_files, flags["drop_bad_boxes"])
+    val_set = data.read_coco(*val_files, flags["drop_bad_boxes"])
+    if not (~train_set.crowd).any():
+        raise data.DataError(f"{train_files[0]}: holds no boxes to learn from")
+    if train_set.class_names != val_set.class_names:
+        raise data.DataError(f"{val_files[0]}: its classes {val_set.class_names} are not those of {train_files[0]}: {train_set.class_names}")
+
+    test_transform = {"shortest": [flags["test_size"]], "longest": flags["test_longest"]}
+    transform = data.Transform(flags["train_sizes"], flags["train_longest"], flags["flip"], flags["crop"])
+    train_pictures = data.Pictures(train_set, transform, flags["seed"])
+    val_pictures = data.Pictures(val_set, data.Transform(**test_transform))
+
+    torch.manual_seed(flags["seed"])
+    random.seed(flags["seed"])
+    build = build_arguments(flags, len(train_set.class_names))
+    model = models.build(**build)
+    strategy, cost = make_strategy(flags), make_cost(model, flags)
+    first_step = 0
+    if checkpoint:
+        if checkpoint["build"] != build:
+            raise models.CheckpointError(f"{flags['out']}/last.pt is of another detector: {checkpoint['build']}")
+        model.load_state_dict(checkpoint["model"])
+        first_step = checkpoint["step"]
+    else:
+        if flags["backbone_weights"] != "none":
+            models.load_backbone(model.backbone, flags["backbone_weights"])
+        if flags["init"]:
+            for what, names in zip(("got no weights", "left over", "of another shape"), models.load_weights(model, flags["init"])):
+                if names:
+                    say(f"--init {flags['init']}: {len(names)} {what}: {', '.join(names)}")
+    model.to(device).train()
+    optimizer = make_optimizer(model, flags, device)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        model.load_state_dict(checkpoint["buffers"][rank % len(checkpoint["buffers"])], strict=False)
+    network = model
+    if world > 1:
+        network = DistributedDataParallel(model, broadcast_buffers=False, device_ids=[torch.device(device).index] if "cuda" in device else None)
+
+    out = Path(flags["out"])
+    if main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        evaluate.write_json(out / "args.json", {**flags, "versions": versions(flags), "processes": world}, indent=1)
+        log, eval_log = Log(out / "log.csv", first_step), Log(out / "eval.csv", first_step)
+    say(headline(flags, len(train_set), len(train_set.class_names)))
+    say("  " + "  ".join(f"{k}={v}" for k, v in sorted(flags.items()) if v is not None))
+    say(f"  {sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters, {world} process(es) on {device}, writing to {out}"
+        + (f", going on from step {first_step}" if checkpoint else ""))
+
+    def save(step):
+        buffers = {k: v.cpu() for k, v in model.named_buffers() if k in model.state_dict()}
+        states = random_states(device)
+        shares = [(buffers, states)]
+        if world > 1:                                                # both differ from process to process
+            shares = [None] * world if main_process else None
+            dist.gather_object((buffers, states), shares)
+        if main_process:
+            save_whole({"model": {k: v.cpu() for k, v in model.state_dict().items()}, "optimizer": optimizer.state_dict(),
+                        "step": step, "args": flags, "build": build, "buffers": [b for b, _ in shares], "random": [r for _, r in shares],
+                        "class_names": train_set.class_names, "category_ids": train_set.category_ids,
+                        "test_transform": test_transform}, out / "last.pt")
+
+    def score(step):
+        results = evaluate.detect(model, val_pictures, flags["batch_size"] // world, flags["max_dets"], device, flags["precision"], flags["workers"])
+        if not main_process:
+            return None
+        result = evaluate.metrics(val_gt, results, flags["max_dets"], val_set.image_ids)
+        eval_log.row({"step": step, "AP": result["AP"], "AP_nms": result["nms"]["AP"], "AP50": result["AP50"], "AP50_nms": result["nms"]["AP50"]})
+        evaluate.write_json(out / "detections.json", results["plain"])
+        evaluate.write_json(out / "detections_nms.json", results["nms"])
+        evaluate.write_json(out / "metrics.json", result, indent=1)
+        figures.detections_beside_truth(val_pictures, results["plain"], out / "detections.png")
+        return result
+
+    val_gt = evaluate.read_ground_truth(val_files[0]) if main_process else None
+    batches = iter(data.loader(train_pictures, data.training_batches(
+        train_set, flags["batch_size"], flags["seed"], first_step, rank, world, flags["accumulate"]), flags["workers"], "cuda" in device))
+    if checkpoint:                                                   # last, so that nothing above disturbs them
+        set_random_states(checkpoint["random"][rank % len(checkpoint["random"])], device)
+    interrupted = []                                                 # filled by a signal; every process must see it at the same step
+    result, waited, pending, since = None, 0.0, None, time.perf_counter()
+
+    def read(pending):
+        """The losses of a step on the host.  Raises TrainingStopped if they are not finite."""
+        step, names, values, own, ids = pending
+        values, own = values.tolist(), own.tolist()
+        if not all(map(math.isfinite, values)):
+            where = f"images {', '.join(map(str, ids))}" if not all(map(math.isfinite, own)) else "images of another process"
+            raise TrainingStopped(f"step {step}: the losses are not finite ({', '.join(f'{n} {v:g}' for n, v in zip(names, values))}; {where}); "
+                                  f"lower --lr, set --clip-grad, or use --precision fp32; {out}/last.pt is the last good checkpoint")
+        return dict(zip(names, values))
+
+    old_handlers = {s: signal.signal(s, lambda number, frame: interrupted.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=flags["steps"], initial=first_step, disable=None if main_process else True, unit="step", smoothing=0.05)
+    try:
+        for step in range(first_step, flags["steps"]):
+            factor = lr_factor(step, flags)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+
+            # the step's micro-batches, and how many objects they hold over all processes
+            start = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(flags["accumulate"])]
+            waited += time.perf_counter() - start
+            num_objects = torch.tensor(float(sum(len(t["boxes"]) for _, _, targets in micro_batches for t in targets)), device=device)
+            num_objects = losses.mean_over_processes(num_objects).clamp(min=1)
+
+            optimizer.zero_grad(set_to_none=True)
+            totals = {}
+            for n, (images, mask, targets) in enumerate(micro_batches):
+                targets = to_device(targets, device)
+                last = n == len(micro_batches) - 1
+                with contextlib.nullcontext() if last or world == 1 else network.no_sync():
+                    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=flags["precision"] == "bf16"):
+                        prediction = network(images.to(device, non_blocking=True), mask.to(device, non_blocking=True))
+                    try:
+                        terms = detection_loss(model, prediction, targets, num_objects, cost, strategy)
+                    except assign.AssignError as error:
+                        if pending:
+                            read(pending)                            # the NaN may stem from the last step: it tells more
+                        raise TrainingStopped(f"step {step}: {error}") from error
+                    # matching has just waited for the device, so the last step's losses are there for nothing
+                    stop = bool(pending) and n == 0 and read(pending)["interrupted"] > 0 or n > 0 and stop
+                    if model.original:                               # normalised per micro-batch: take their mean
+                        terms = {k: v / len(micro_batches) for k, v in terms.items()}
+                    sum(terms.values()).backward()
+                for k, v in terms.items():
+                    totals[k] = totals.get(k, 0) + v.detach()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), flags["clip_grad"] or float("inf"))
+            own = torch.stack([*totals.values(), norm.detach(), norm.new_tensor(float(len(interrupted)))])
+            pending = (step, [*totals, "gradient_norm", "interrupted"], losses.mean_over_processes(own), own,
+                       [t["image_id"] for _, _, targets in micro_batches for t in targets])
+            optimizer.step()
+
+            done = step + 1
+            bar.update()
+            if done % flags["log_every"] == 0 or done == flags["steps"]:
+                values = read(pending)
+                values.pop("interrupted")
+                elapsed = time.perf_counter() - since
+                steps = (done - 1) % flags["log_every"] + 1
+                row = {"step": done, "loss": sum(v for k, v in values.items() if k != "gradient_norm"), **values, "lr": flags["lr"] * factor,
+                       "images_per_second": steps * flags["batch_size"] / elapsed, "seconds_waiting": waited}
+                bar.set_postfix_str(f"loss {row['loss']:.3f} ({', '.join(f'{k} {values[k]:.3f}' for k in totals)}), {row['images_per_second']:.0f} img/s, "
+                                    f"waited {waited:.1f} s", refresh=False)
+                if main_process:
+                    log.row(row)
+                    if bar.disable and done % (10 * flags["log_every"]) == 0:      # no terminal: a line now and then
+                        left = elapsed / steps * (flags["steps"] - done)
+                        say(f"step {done}/{flags['steps']}  loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s  {left / 60:.1f} min left", flush=True)
+                waited, since = 0.0, time.perf_counter()
+            if done % flags["checkpoint_every"] == 0 or done == flags["steps"] or stop:
+                read(pending)
+                save(done)
+                if stop:
+                    raise KeyboardInterrupt
+            if (flags["eval_every"] and done % flags["eval_every"] == 0) or done == flags["steps"]:
+                result = score(done)
+                if main_process:
+                    bar.clear()
+                    say(f"step {done}: {evaluate.describe(result)}", flush=True)
+                since = time.perf_counter()
+        if first_step == flags["steps"]:                             # a finished run was resumed: score it again
+            result = score(first_step)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; step {done} is saved: go on with  python train.py --resume --out {out}") from None
+    finally:
+        for s, handler in old_handlers.items():
+            signal.signal(s, handler)
+        bar.close()
+    return result
+
+
+def free_name(wanted):
+    """`wanted`, or with -2, -3, ... behind it the first folder that does not exist yet."""
+    path, n = Path(wanted), 1
+    while path.exists():
+        n += 1
+        path = Path(f"{wanted}-{n}")
+    return str(path)
+
+
+def main(argv=None):
+    given = vars(make_parser().parse_args(argv))
+    world, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    started = time.time()
+    try:
+        flags, checkpoint = effective_flags(given)
+        device = flags["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+        if world > 1:
+            device = f"cuda:{local}" if device == "cuda" else device
+            dist.init_process_group("nccl" if "cuda" in device else "gloo")
+        if "cuda" in device:
+            torch.cuda.set_device(device)
+        check_flags(flags, world)
+        make_strategy(flags)                                         # a wrong name is told before anything is written
+        if not flags["resume"]:
+            names = [flags["out"] or free_name(Path("runs") / run_name(flags))]
+            if world > 1:
+                dist.broadcast_object_list(names)
+            flags["out"] = names[0]
+            if (Path(flags["out"]) / "last.pt").exists():
+                raise UsageError(f"--out {flags['out']} holds a run already; add --resume to go on with it, or choose another folder")
+        result = train(flags, checkpoint, rank, world, device)
+    except Interrupted as message:
+        print(f"train.py: {message}" if rank == 0 else "", file=sys.stderr)
+        sys.exit(130)
+    except (UsageError, TrainingStopped, data.DataError, assign.AssignError, models.CheckpointError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if rank == 0:
+        print(f"{(time.time() - started) / 60:.1f} minutes; everything is in {flags['out']}: look at detections.png")
+        print(evaluate.describe(result))
+
+
+if __name__ == "__main__":
+    main()
