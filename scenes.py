@@ -26,8 +26,8 @@ SIZE = 128                      # pixels, height and width of a picture
 COUNTS = {"train": 4000, "val": 500}
 SUPERSAMPLE = 3                 # silhouettes are drawn this much larger, then averaged: smooth edges
 MAX_OBJECTS = 6
-MAX_IOU = 0.35                  # two boxes overlap less than this, so that NMS at 0.5 costs no recall
-MIN_VISIBLE = 0.6               # of every creature, once all are drawn
+MAX_IOU = 0.2                   # two boxes overlap less than this, so that NMS at 0.5 costs no recall
+MIN_VISIBLE = 0.75              # of every creature, once all are drawn
 
 
 # ------------------------------------------------------------------------------------------------
@@ -63,8 +63,8 @@ def body(kind):
 def limb(rng, size):
     """A jointed limb: two thick strokes in a row that start inside the body.  Two quadrilaterals."""
     angle = rng.uniform(0, 2 * np.pi)
-    length = rng.uniform(0.5, 1.3) * size                    # up to 1.3 bodies long ...
-    half = max(0.125 * size, 2.4) / 2                        # ... and an eighth of a body thick
+    length = rng.uniform(0.5, 1.2) * size                    # up to 1.2 bodies long ...
+    half = max(size / 6, 3.0) / 2                            # ... and a sixth of a body thick
     start = 0.3 * size * np.array([np.cos(angle), np.sin(angle)])
     strokes = []
     for part in (0.55, 0.45):
@@ -80,7 +80,7 @@ def limb(rng, size):
 def creature(rng):
     """One creature, not yet placed: its kind (an index) and its polygons in pixels around (0, 0)."""
     kind = int(rng.integers(len(KINDS)))
-    size = rng.uniform(14, 40)                               # of the body, in pixels
+    size = rng.uniform(16, 40)                               # of the body, in pixels
     aspect = rng.uniform(0.8, 1.25)
     outline = body(KINDS[kind]) * (size / 2) * [aspect ** 0.5, aspect ** -0.5]
     angle = rng.uniform(0, 2 * np.pi)
@@ -166,12 +166,12 @@ def draw(seed, split, index):
         # a colour that stands out from what it covers, so that a person can find every creature
         covered = np.asarray(picture.resize((1, 1), box=tuple(placed)), float).ravel()
         colour = rng.uniform(0, 255, 3)
-        while np.abs(colour - covered).sum() < 200:
+        while np.abs(colour - covered).sum() < 240:
             colour = rng.uniform(0, 255, 3)
         picture.paste(tuple(int(c) for c in colour), mask=mask)
         objects.append({"kind": kind, "box": placed, "polygons": polygons,
                         "area": float(np.asarray(mask, float).sum() / 255)})
-    noisy = np.asarray(picture, np.float32) + rng.normal(0, 8, (SIZE, SIZE, 3)).astype(np.float32)
+    noisy = np.asarray(picture, np.float32) + rng.normal(0, 5, (SIZE, SIZE, 3)).astype(np.float32)
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), objects
 
 

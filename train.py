@@ -68,7 +68,7 @@ EVERYWHERE = {"assign": "hungarian", "location_cost": "predicted", "class_cost":
               "precision": "fp32", "eval_every": 0, "log_every": 20, "checkpoint_every": 500, "momentum": 0.9,
               "weight_decay": 1e-4, "backbone_lr_factor": 1.0, "clip_grad": 0.0, "flip": 0.5, "crop": 0.0,
               "max_dets": 100, "warmup_steps": 0, "warmup_factor": 0.01, "milestones": [], "backbone_weights": "none",
-              "deform": False, "drop_bad_boxes": False}
+              "deform": False, "drop_bad_boxes": False, "box_prior": 0.0}
 
 # 3.5, 4.6 and 5.2 of the published configurations: OneNet's code, "3x"
 ONENET = {"steps": 270_000, "batch_size": 16, "optimizer": "adamw", "lr": 4e-5, "schedule": "step", "milestones": [210_000, 250_000],
@@ -84,6 +84,8 @@ RECIPES = {
         "": {"backbone": "tiny", "width": 64, "depth": 2, "extra_levels": 0, "steps": 3000, "batch_size": 16,
              "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [128],
              "train_longest": 128, "test_size": 128, "test_longest": 128, "workers": 0},
+        "fcos": {"box_prior": 3.0},
+        "centernet": {"box_prior": 12.0},
     },
     "custom": {
         "": {"backbone": "resnet18", "width": 128, "depth": 2, "extra_levels": 2, "steps": 3000, "batch_size": 16,
@@ -118,6 +120,8 @@ def make_parser():
     g.add_argument("--depth", type=int, metavar="N", help="convolutions in a tower (RetinaNet, FCOS)")
     g.add_argument("--extra-levels", type=int, metavar="N", help="pyramid levels above the backbone's last map (2 gives P6 and P7)")
     g.add_argument("--deform", action=argparse.BooleanOptionalAction, default=None, help="deformable convolutions in CenterNet's neck")
+    g.add_argument("--box-prior", type=float, metavar="D", help="distance from point to box side before training: FCOS in strides (scenes: 3), CenterNet "
+                   "in pixels (scenes: 12); published: 0, where half of the outputs start behind their ReLU")
     g = parser.add_argument_group("positive samples (Section 3.2, Table 1)")
     g.add_argument("--assign", metavar="A", help="one-to-many: the detector's original rule, form and losses; hungarian (default): one-to-one; "
                    "or another strategy: min-cost, top-k, one-to-many-iou, one-to-many-points, my.py:my_function")
@@ -238,10 +242,12 @@ def build_arguments(flags, num_classes):
         # without pre-trained weights there is nothing to freeze; CenterNet trains all of it, norms too
         train_all = flags["backbone_weights"] == "none" or flags["detector"] == "centernet"
         build.update(norm="batch" if train_all else "frozen", freeze=0 if train_all else 2)
+    if flags["detector"] in ("fcos", "centernet"):
+        build["box_prior"] = flags["box_prior"]
     if flags["detector"] == "centernet":
         build["deform"] = flags["deform"]
         if flags["backbone"] == "tiny":
-            build["widths"] = (flags["width"], flags["width"])
+            build["widths"] = (2 * flags["width"], flags["width"], flags["width"])
     else:
         build.update(width=flags["width"], depth=flags["depth"], extra=flags["extra_levels"])
     return build

@@ -1,0 +1,31 @@
+"""Shared by all tests: the import path, the option for a strategy of your own, a few pictures."""
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import scenes
+
+torch.set_num_threads(1)                    # the tensors are small, and the machine may be training
+hypothesis.settings.register_profile("repository", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.load_profile("repository")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--assigner", action="append", default=[], metavar="my.py:my_function",
+                     help="put a strategy of your own to the contract tests of test_assign.py; may be repeated")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test starts from the same random numbers, alone or among others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_scenes(tmp_path_factory):
+    """A folder with a small scenes data set: 24 pictures to train on, 7 to evaluate."""
+    return scenes.write(tmp_path_factory.mktemp("scenes"), seed=0, counts={"train": 24, "val": 7})

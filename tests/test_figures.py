@@ -1,0 +1,34 @@
+"""The pictures a run leaves are what they say they are."""
+import numpy as np
+from PIL import Image
+
+import data
+import figures
+
+
+def test_drawn_boxes_lie_where_the_boxes_are():
+    """A red-ish frame of the enlarged box on a black picture, and nothing of it inside."""
+    canvas = np.asarray(figures.draw_boxes(Image.new("RGB", (64, 32)), [(10, 8, 50, 28)], [0], ["cell"], side=128)).astype(int)
+    assert canvas.shape == (64, 128, 3)
+    colour = np.array(figures.COLOURS[0])
+    framed = (canvas == colour).all(2)
+    assert framed[56, 20:100].all() and framed[30:56, 100].all() and framed[30:56, 20].all()
+    assert not framed[40:50, 30:90].any()
+
+
+def test_ground_truth_and_detections_come_in_pairs(tiny_scenes, tmp_path):
+    pictures = data.Pictures(data.read_coco(tiny_scenes / "val.json", tiny_scenes / "val"), data.Transform((128,), 128))
+    found = [{"image_id": 1, "category_id": 2, "bbox": [5, 5, 30, 30], "score": 0.9}]
+    figures.detections_beside_truth(pictures, found, tmp_path / "a.png", count=3)
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.width >= 6 * 384
+        assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 100
+
+
+def test_learning_curves_are_drawn_from_eval_csv(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "eval.csv").write_text("step,AP,AP_nms,AP50,AP50_nms\n10,1,2,3,4\n20,5,6,7,8\n")
+    figures.learning_curves([run], tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 1

@@ -1,0 +1,278 @@
+"""Are the losses those of the published recipes, and finite with finite gradients whatever comes?
+
+Slow loops in Python's own floating point, written from the recipes, are the judges.
+"""
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import assign
+import losses
+from assign import Match
+from models import Prediction
+
+STRIDE, GRID, C = 4, (8, 12), 3                          # of CenterNet's map, for images of 32 x 48; classes
+
+
+def pairs(*rows, ignored=()):
+    """A Match from (prediction, object) pairs."""
+    prediction, object_ = torch.tensor(rows, dtype=torch.long).view(-1, 2).unbind(1)
+    return Match(prediction, object_, torch.tensor(ignored, dtype=torch.long))
+
+
+def batch(counts=(2, 0, 3), seed=0, scale=16.0, place=0.0, saturation=1.0, same=None, grid=GRID, dtype=torch.float32):
+    """A Prediction with all that any loss needs, targets, and matches: object after object with prediction 0, 1, 2, ...
+
+    counts: objects per image.  Box sides are half to one `scale`, corners within a `scale` of `place`.
+    same: "equal" (matched predictions are their objects), "identical" (all predictions are one) or "empty" (predicted
+    boxes have no extent, as where a ReLU gives four zeros).
+    """
+    r = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=r, dtype=dtype)
+
+    def boxes(*shape):
+        corner = place + scale * rand(*shape, 2)
+        return torch.cat([corner, corner + scale * (0.5 + 0.5 * rand(*shape, 2))], -1)
+
+    B, Q, first = len(counts), grid[0] * grid[1], [sum(counts[:n]) for n in range(len(counts))]
+    targets = [{"size": torch.tensor([32, 48]), "boxes": boxes(G), "labels": torch.randint(0, C, (G,), generator=r)}
+               for G in counts]
+    matches = [pairs(*((first[n] + g, g) for g in range(G))) for n, G in enumerate(counts)]
+    gt, anchors, points = torch.cat([t["boxes"] for t in targets]), boxes(Q), boxes(Q)
+    K = len(gt)                                          # points of positives lie inside their objects, as FCOS has it
+    points[:K] = (gt[:, :2] + (0.3 + 0.4 * rand(K, 2)) * (gt[:, 2:] - gt[:, :2])).repeat(1, 2)
+    out = {"logits": saturation * (4 * rand(B, Q, C) - 2), "centreness": saturation * (4 * rand(B, Q) - 2),
+           "boxes": boxes(B, Q), "deltas": rand(B, Q, 4) - 0.5, "size": 4 * rand(B, Q, 2), "offset": rand(B, Q, 2)}
+    if same == "identical":
+        out = {key: value[:1, :1].expand_as(value).clone() for key, value in out.items()}
+    if same == "empty":
+        out["boxes"][..., 2:] = out["boxes"][..., :2]
+    if same == "equal":
+        anchors[:K] = gt
+        for n, m in enumerate(matches):
+            out["boxes"][n, m.prediction], out["deltas"][n, m.prediction] = targets[n]["boxes"], 0
+    raw = {**out, "points": points, "grid": grid, "stride": STRIDE, "positives_average": torch.tensor(100.0)}
+    return Prediction(out["logits"], out["boxes"], anchors, raw=raw), targets, matches
+
+
+USES = {"set": ["logits", "boxes"], "retinanet": ["logits", "deltas"], "fcos": ["logits", "boxes", "centreness"],
+        "centernet": ["logits", "size", "offset"]}       # what a loss takes from the network
+every_loss = pytest.mark.parametrize("name", USES)
+
+
+def compute(name, prediction, targets, matches, outputs):
+    """The sum of a loss's terms, with `outputs` in the place of what the network computed."""
+    raw = {**prediction.raw, **outputs, "positives_average": torch.tensor(100.0)}
+    prediction = dataclasses.replace(prediction, logits=raw["logits"], boxes=raw["boxes"], raw=raw)
+    if name == "set":
+        terms = losses.set_loss(prediction, targets, [matches], max(1, sum(len(m.prediction) for m in matches)))
+    elif name == "retinanet":
+        terms = losses.retinanet_loss(prediction, targets, [matches])
+    elif name == "fcos":
+        terms = losses.fcos_loss(dataclasses.replace(prediction, candidates=raw["points"]), targets, [matches])
+    else:
+        terms = losses.centernet_loss(prediction, targets)
+    return sum(terms.values())
+
+
+# ------------------------------------------------------------------------------------------------
+# slow loops
+# ------------------------------------------------------------------------------------------------
+
+def slow_class_loss(logits, targets, matches):
+    """Focal loss, alpha 0.25 and gamma 2, over every prediction and class of every image."""
+    total = 0.0
+    for image, target, m in zip(logits.tolist(), targets, matches):
+        positive = {(q, target["labels"][g].item()) for q, g in zip(m.prediction.tolist(), m.object.tolist())}
+        for q, row in enumerate(image):
+            for c, logit in enumerate(row):
+                p = 1 / (1 + math.exp(-logit))
+                if (q, c) in positive:
+                    total -= 0.25 * (1 - p) ** 2 * math.log(p)
+                elif q not in m.ignored.tolist():
+                    total -= 0.75 * p ** 2 * math.log(1 - p)
+    return total
+
+
+def slow_giou(a, b):
+    area_a, area_b = (a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1])
+    inter = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return inter / (area_a + area_b - inter) - (hull - area_a - area_b + inter) / hull
+
+
+def matched(values, targets, matches):
+    """(value of the prediction, box of its object, number of the prediction), one by one."""
+    return [(values[n, q].tolist(), targets[n]["boxes"][g].tolist(), q)
+            for n, m in enumerate(matches) for q, g in zip(m.prediction.tolist(), m.object.tolist())]
+
+
+def slow_set_loss(layer, targets, matches):
+    boxes = matched(layer.boxes, targets, matches)
+    unit = (48, 32, 48, 32)                              # width, height of the image
+    return {"class": 2 * slow_class_loss(layer.logits, targets, matches),
+            "l1": 5 * sum(abs(p - g) / u for a, b, _ in boxes for p, g, u in zip(a, b, unit)),
+            "giou": 2 * sum(1 - slow_giou(a, b) for a, b, _ in boxes)}
+
+
+def test_set_loss_agrees_with_a_slow_loop():
+    """2 focal + 5 L1 + 2 (1 - GIoU), over the objects of the step; one image is empty, one prediction is shared."""
+    prediction, targets, matches = batch()
+    matches[2] = pairs((5, 0), (5, 1), (9, 2))           # min-cost may give one prediction to two objects
+    terms = losses.set_loss(prediction, targets, [matches], num_objects=5)
+    expected = slow_set_loss(prediction, targets, matches)
+    assert {key: value.item() for key, value in terms.items()} == pytest.approx(
+        {key: value / 5 for key, value in expected.items()}, rel=1e-4)
+
+
+def test_set_loss_by_hand():
+    """One object of 8 x 8, predicted 4 pixels to the right of it in a picture 48 wide, at a logit of 0."""
+    prediction = Prediction(torch.zeros(1, 1, 1), torch.tensor([[[4.0, 0, 12, 8]]]))
+    target = {"size": torch.tensor([32, 48]), "boxes": torch.tensor([[0.0, 0, 8, 8]]), "labels": torch.tensor([0])}
+    terms = losses.set_loss(prediction, [target], [[pairs((0, 0))]], num_objects=1)
+    assert terms["class"].item() == pytest.approx(2 * 0.25 * 0.25 * math.log(2))
+    assert terms["l1"].item() == pytest.approx(5 * (4 / 48 + 4 / 48))
+    assert terms["giou"].item() == pytest.approx(2 * (1 - 32 / 96))       # the hull is the union
+
+
+def test_each_decoder_layer_pays_the_full_set_loss():
+    """With its own matches, and the terms add up."""
+    prediction, targets, matches = batch()
+    prediction.aux = [batch(seed=1)[0], batch(seed=2)[0]]
+    each = [matches, [pairs((7, 1), (8, 0)), pairs(), pairs((1, 2))], [pairs(), pairs(), pairs((3, 0), ignored=[4, 5])]]
+    terms = losses.set_loss(prediction, targets, each, num_objects=2)
+    expected = [slow_set_loss(layer, targets, m) for layer, m in zip([prediction, *prediction.aux], each)]
+    for key, value in terms.items():
+        assert value.item() == pytest.approx(sum(layer[key] for layer in expected) / 2, rel=1e-4)
+
+
+def test_retinanet_loss_agrees_with_a_slow_loop_over_three_steps():
+    """Focal and L1 of deltas, over 0.9 old + 0.1 new number of positives, from 100; the ignored pay no class loss."""
+    average, buffer = 100.0, torch.tensor(100.0)
+    for step, counts in enumerate([(2, 0, 3), (0, 0, 0), (4, 1, 0)]):
+        prediction, targets, matches = batch(counts, seed=step)
+        matches[1] = matches[1]._replace(ignored=torch.tensor([60, 70]))
+        prediction.raw["positives_average"] = buffer
+        average = 0.9 * average + 0.1 * max(1, sum(counts))
+        l1 = 0.0
+        for delta, (x1, y1, x2, y2), q in matched(prediction.raw["deltas"], targets, matches):
+            ax1, ay1, ax2, ay2 = prediction.candidates[q].tolist()
+            aw, ah = ax2 - ax1, ay2 - ay1
+            goal = ((x1 + x2 - ax1 - ax2) / 2 / aw, (y1 + y2 - ay1 - ay2) / 2 / ah,
+                    math.log((x2 - x1) / aw), math.log((y2 - y1) / ah))
+            l1 += sum(abs(d - g) for d, g in zip(delta, goal))
+        terms = losses.retinanet_loss(prediction, targets, [matches])
+        focal = slow_class_loss(prediction.logits, targets, matches)
+        assert terms["class"].item() == pytest.approx(focal / average, rel=1e-4)
+        assert terms["l1"].item() == pytest.approx(l1 / average, rel=1e-4)
+        assert buffer.item() == pytest.approx(average)
+
+
+def slow_centreness(point, box):
+    l, t, r, b = point[0] - box[0], point[1] - box[1], box[2] - point[0], box[3] - point[1]
+    return math.sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))
+
+
+def test_centreness_by_hand():
+    """1 in the middle; at a quarter of the width and half the height, the root of 1/3."""
+    points, gt = torch.tensor([[4.0, 2, 4, 2], [2, 2, 2, 2]]), torch.tensor([[0.0, 0, 8, 4]] * 2)
+    assert losses.centreness_target(points, gt).tolist() == pytest.approx([1, math.sqrt(1 / 3)])
+
+
+def test_fcos_loss_agrees_with_a_slow_loop():
+    """Focal and centre-ness over the positives' number, GIoU weighted by centre-ness over the sum of its targets."""
+    prediction, targets, matches = batch((2, 0, 4))
+    prediction.candidates = prediction.raw["points"]
+    boxes = matched(prediction.boxes, targets, matches)
+    goals = [slow_centreness(prediction.candidates[q].tolist(), box) for _, box, q in boxes]
+    giou = sum(goal * (1 - slow_giou(a, b)) for goal, (a, b, _) in zip(goals, boxes))
+    scores = [1 / (1 + math.exp(-logit)) for logit, _, _ in matched(prediction.raw["centreness"], targets, matches)]
+    entropy = -sum(goal * math.log(p) + (1 - goal) * math.log(1 - p) for goal, p in zip(goals, scores))
+    terms = losses.fcos_loss(prediction, targets, [matches])
+    assert {key: value.item() for key, value in terms.items()} == pytest.approx(
+        {"class": slow_class_loss(prediction.logits, targets, matches) / 6, "giou": giou / sum(goals),
+         "centreness": entropy / 6}, rel=1e-4)
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 3), (0,)])
+def test_centernet_loss_agrees_with_a_slow_loop(counts):
+    """Penalty-reduced focal over the number of centres; sizes (weight 0.1) and offsets, in cells, at centre cells."""
+    prediction, targets, _ = batch(counts)
+    H, W = GRID
+    size = offset = focal = 0.0
+    centres = 0
+    for n, target in enumerate(targets):
+        heat = assign.heat_map(target["boxes"] / STRIDE, target["labels"], C, GRID)[0]     # judged in test_assign.py
+        for x1, y1, x2, y2 in (target["boxes"] / STRIDE).tolist():
+            cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
+            at = int(cy) * W + int(cx)                   # boxes of 16 pixels lie inside the 32 x 48
+            w, h = prediction.raw["size"][n, at].tolist()
+            dx, dy = prediction.raw["offset"][n, at].tolist()
+            size += abs(w - (x2 - x1)) + abs(h - (y2 - y1))
+            offset += abs(dx - (cx - int(cx))) + abs(dy - (cy - int(cy)))
+        for c in range(C):
+            for y in range(H):
+                for x in range(W):
+                    p, t = 1 / (1 + math.exp(-prediction.logits[n, y * W + x, c].item())), heat[c, y, x].item()
+                    centres += t == 1
+                    focal -= (1 - p) ** 2 * math.log(p) if t == 1 else (1 - t) ** 4 * p ** 2 * math.log(1 - p)
+    values = 2 * sum(counts) + 1e-4
+    terms = losses.centernet_loss(prediction, targets)
+    assert {key: value.item() for key, value in terms.items()} == pytest.approx(
+        {"class": focal / max(1, centres), "size": 0.1 * size / values, "offset": offset / values}, rel=1e-4, abs=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------
+# gradients
+# ------------------------------------------------------------------------------------------------
+
+@every_loss
+def test_gradients_are_those_of_finite_differences(name):
+    """In double precision, with the matches held fixed."""
+    prediction, targets, matches = batch((2, 0, 1), grid=(2, 4), dtype=torch.float64)
+    outputs = [prediction.raw[key].requires_grad_() for key in USES[name]]
+
+    def loss(*values):
+        return compute(name, prediction, targets, matches, dict(zip(USES[name], values)))
+
+    assert torch.autograd.gradcheck(loss, outputs)
+
+
+@every_loss
+@settings(max_examples=200)
+@given(counts=st.lists(st.integers(0, 3), min_size=1, max_size=3), exponent=st.floats(-3, 5),
+       place=st.sampled_from([0.0, 500.0]), saturation=st.sampled_from([0.0, 1.0, 25.0]),
+       same=st.sampled_from([None, "equal", "identical", "empty"]), seed=st.integers(0, 99))
+def test_losses_and_gradients_are_finite(name, counts, exponent, place, saturation, same, seed):
+    """Boxes of a thousandth to 100,000 pixels, logits up to +-50; perfect, identical, empty predictions; no objects."""
+    prediction, targets, matches = batch(counts, seed, 10 ** exponent, place, saturation, same)
+    outputs = {key: prediction.raw[key].requires_grad_() for key in USES[name]}
+    loss = compute(name, prediction, targets, matches, outputs)
+    loss.backward()
+    assert loss.isfinite()
+    for key, value in outputs.items():
+        assert value.grad.isfinite().all(), f"the gradient of {key} is not finite"
+
+
+@every_loss
+def test_without_objects_only_the_scores_learn(name):
+    """All predictions are negatives; the location terms are zero, yet in the graph, as distributed training needs."""
+    prediction, targets, matches = batch((0, 0))
+    outputs = {key: prediction.raw[key].requires_grad_() for key in USES[name]}
+    loss = compute(name, prediction, targets, matches, outputs)
+    loss.backward()
+    assert loss > 0
+    for key, value in outputs.items():
+        assert (value.grad > 0).all() if key == "logits" else (value.grad == 0).all()
+
+
+def test_perfect_boxes_cost_nothing():
+    prediction, targets, matches = batch(same="equal")
+    terms = losses.set_loss(prediction, targets, [matches], 5)
+    assert terms["l1"] == 0 and terms["giou"].item() == pytest.approx(0, abs=1e-5)
+    assert losses.retinanet_loss(prediction, targets, [matches])["l1"].item() == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,529 @@
+"""Are the detectors those of the published recipes, and do they refuse weights that do not belong to them?
+
+torchvision's own detectors and operators, and numbers from the recipes, are the judges.
+"""
+import collections
+import contextlib
+import math
+import os
+import pickle
+
+import pytest
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+import torchvision
+from hypothesis import given, strategies as st
+from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import nms
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
+
+import models
+from models import CheckpointError, Prediction
+
+every_detector = pytest.mark.parametrize("detector", models.DETECTORS)
+every_form = pytest.mark.parametrize("original", [False, True], ids=["one-to-one", "original"])
+
+
+def small(detector, original=False, backbone="tiny", num_classes=3, **options):
+    """An untrained detector that is quick to run."""
+    torch.manual_seed(0)
+    slim = {"widths": (16, 16)} if detector == "centernet" else {"width": 32, "depth": 1}
+    return models.build(detector, num_classes, backbone, original=original, **slim, **options).eval()
+
+
+def run(model, height=64, width=96, B=2):
+    """The prediction for random images without padding."""
+    images = torch.randint(0, 256, (B, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(images, torch.zeros(B, height, width, dtype=torch.bool))
+
+
+def constant(conv, values):
+    """Makes a convolution answer the same values everywhere, whatever it sees."""
+    torch.nn.init.zeros_(conv.weight)
+    conv.bias.data = torch.tensor(values, dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# candidates and boxes
+# ------------------------------------------------------------------------------------------------
+
+def slow_anchors(H, W, stride):
+    """Rows, columns, sizes, ratios, from outer to inner; centred on the cell's corner, as detectron2 (offset 0)."""
+    anchors = []
+    for y in range(H):
+        for x in range(W):
+            for size in (4 * stride * 2 ** power for power in (0, 1 / 3, 2 / 3)):
+                for ratio in (0.5, 1, 2):
+                    w, h = math.sqrt(size ** 2 / ratio), math.sqrt(size ** 2 / ratio) * ratio
+                    anchors.append([x * stride - w / 2, y * stride - h / 2, x * stride + w / 2, y * stride + h / 2])
+    return torch.tensor(anchors)
+
+
+def test_retinanet_anchors_agree_with_a_slow_loop():
+    """On every level of the prediction, in the order of the scores."""
+    model = small("retinanet")
+    prediction = run(model)
+    assert model.strides == (4, 8, 16, 32, 64)
+    for level, s in enumerate(model.strides):
+        torch.testing.assert_close(prediction.candidates[prediction.levels == level],
+                                   slow_anchors(math.ceil(64 / s), math.ceil(96 / s), s), atol=1e-3, rtol=1e-5)
+
+
+def test_the_first_anchors_of_p3():
+    """Width x height for a size of 32: 45.255 x 22.627, 32 x 32, 22.627 x 45.255."""
+    first = small("retinanet").anchors(torch.zeros(1, 1, 2, 2), 8)[:3]
+    torch.testing.assert_close(first[:, 2:] - first[:, :2],
+                               torch.tensor([[45.255, 22.627], [32, 32], [22.627, 45.255]]), atol=1e-3, rtol=0)
+    assert (first[:, 2:] + first[:, :2] == 0).all()
+
+
+@pytest.mark.parametrize("detector, strides", [("fcos", (4, 8, 16, 32, 64)), ("centernet", (4,))])
+@every_form
+def test_points_are_the_middles_of_cells(detector, original, strides):
+    """(stride j + stride / 2, stride i + stride / 2), rows outer; as boxes without extent."""
+    model = small(detector, original)
+    expected = [[x, y, x, y] for s in strides
+                for y in range(s // 2, 64 + s // 2, s) for x in range(s // 2, 96 + s // 2, s)]
+    assert model.strides == strides
+    assert run(model).candidates.tolist() == expected
+
+
+boxes_and_deltas = st.tuples(*[st.floats(-500, 500)] * 2, *[st.floats(1, 500)] * 2, *[st.floats(-3, 3)] * 2,
+                             *[st.floats(-4, 8)] * 2)
+
+
+@given(st.lists(boxes_and_deltas, min_size=1, max_size=5))
+def test_apply_deltas_is_torchvisions_box_coder(rows):
+    """Weights 1, and the logarithms of width and height cut at ln(1000 / 16)."""
+    corner, size, deltas = torch.tensor(rows, dtype=torch.float64).split([2, 2, 4], 1)
+    anchors = torch.cat([corner, corner + size], 1)
+    expected = BoxCoder((1, 1, 1, 1)).decode_single(deltas, anchors)
+    torch.testing.assert_close(models.apply_deltas(anchors, deltas), expected)
+
+
+@given(st.lists(boxes_and_deltas, min_size=1, max_size=5))
+def test_get_deltas_is_the_inverse_of_apply_deltas(rows):
+    corner, size, deltas = torch.tensor(rows, dtype=torch.float64).split([2, 2, 4], 1)
+    anchors, deltas = torch.cat([corner, corner + size], 1), deltas.clamp(max=4.1)
+    torch.testing.assert_close(models.get_deltas(anchors, models.apply_deltas(anchors, deltas)), deltas)
+
+
+def test_a_huge_delta_gives_62_times_the_anchor():
+    box = models.apply_deltas(torch.tensor([[0.0, 0, 16, 16]]), torch.tensor([[0.0, 0, 1e4, 0]]))
+    assert box[0].tolist() == pytest.approx([8 - 500, 0, 8 + 500, 16], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# heads: what the outputs of the last convolutions mean
+# ------------------------------------------------------------------------------------------------
+
+def test_retinanet_channels_are_anchor_then_class():
+    """Channel 3 a + c is class c of anchor a; channel 4 a + d is delta d; anchors innermost in the prediction."""
+    model = small("retinanet")
+    constant(model.score, [float(n) for n in range(27)])
+    constant(model.delta, [n / 100 for n in range(36)])
+    prediction = run(model)
+    assert (prediction.logits.view(2, -1, 9, 3) == torch.arange(27.0).view(9, 3)).all()
+    deltas = (torch.arange(36.0) / 100).view(9, 4).repeat(len(prediction.candidates) // 9, 1)
+    expected = BoxCoder((1, 1, 1, 1)).decode_single(deltas, prediction.candidates)
+    torch.testing.assert_close(prediction.boxes, expected.expand(2, -1, -1))
+
+
+@every_form
+def test_fcos_predicts_distances_in_strides(original):
+    """ReLU(scale of the level x output) x stride: left, top, right, bottom; a negative distance is 0."""
+    model = small("fcos", original)
+    constant(model.ltrb, [1, 2, 3, -4])
+    model.scale.data = torch.tensor([1, 2, 1, 0.5, 1])
+    prediction = run(model)
+    s = torch.tensor([4, 8 * 2, 16, 32 / 2, 64])[prediction.levels]
+    x, y = prediction.candidates[:, 0], prediction.candidates[:, 1]
+    assert torch.equal(prediction.boxes[1], torch.stack([x - s, y - 2 * s, x + 3 * s, y], 1))
+
+
+def test_centernet_predicts_distances_in_pixels():
+    model = small("centernet")
+    constant(model.ltrb, [1, 2, 3, -4])
+    prediction = run(model)
+    assert (prediction.boxes - prediction.candidates == torch.tensor([-1, -2, 3, 0])).all()
+
+
+def test_original_centernet_predicts_size_and_offset_in_cells():
+    """Of 4 pixels; the offset counts from the cell's corner, which lies 2 pixels before its middle."""
+    model = small("centernet", original=True)
+    constant(model.size[-1], [3, 5])
+    constant(model.offset[-1], [0.25, 0.75])
+    prediction = run(model)
+    expected = torch.tensor([1.0 - 6, 3 - 10, 1 + 6, 3 + 10]) - 2
+    torch.testing.assert_close(prediction.boxes - prediction.candidates, expected.expand_as(prediction.boxes))
+
+
+@every_detector
+@every_form
+def test_an_untrained_detector_finds_nothing(detector, original):
+    """Every class starts at a score of about 0.01 on random images, in the original CenterNet at 0.1."""
+    prior = 0.1 if (detector, original) == ("centernet", True) else 0.01
+    logits = run(small(detector, original, num_classes=20)).logits
+    assert models.PRIOR_BIAS == pytest.approx(-4.595120, abs=1e-6)
+    assert logits.mean().item() == pytest.approx(math.log(prior / (1 - prior)), abs=0.3)
+    assert logits.sigmoid().max() < 0.5
+
+
+# ------------------------------------------------------------------------------------------------
+# necks and backbones
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("extra_from", ["c5", "p5"])
+def test_fpn_is_torchvisions(extra_from):
+    """With the same weights; P6 from C5 (RetinaNet, OneNet) or from P5 (the original FCOS), P7 from ReLU(P6)."""
+    backbone = models.Tiny()
+    neck = models.FPN(backbone, 16, 2, extra_from)
+    top = LastLevelP6P7(16 if extra_from == "p5" else 128, 16)
+    reference = FeaturePyramidNetwork([32, 64, 128], 16, extra_blocks=top)
+    blocks = [block[0] for block in (*reference.inner_blocks, *reference.layer_blocks)]
+    for ours, theirs in zip([*neck.lateral, *neck.output, *neck.extra], [*blocks, top.p6, top.p7], strict=True):
+        theirs.load_state_dict(ours.state_dict())
+    features = [torch.randn(2, c, 64 // s, 96 // s) for c, s in zip(backbone.channels, backbone.strides)]
+    expected = reference(collections.OrderedDict(enumerate(features)))
+    for ours, theirs in zip(neck(features), expected.values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2])
+def test_fpn_strides_are_those_of_its_maps(extra):
+    images = torch.zeros(1, 3, 64, 128)
+    for backbone in (models.Tiny(), models.ResNet("resnet18")):
+        neck = models.FPN(backbone, 16, extra)
+        maps = neck(backbone(images))
+        assert [(math.ceil(64 / s), math.ceil(128 / s)) for s in neck.strides] == [x.shape[-2:] for x in maps]
+        assert [x.shape[1:] for x in backbone(images)] == [
+            (c, 64 // s, 128 // s) for c, s in zip(backbone.channels, backbone.strides)]
+
+
+def test_a_deformable_convolution_starts_as_half_a_convolution():
+    """Without offsets it looks where a plain 3x3 does; the masks start at sigmoid(0) = 1/2."""
+    conv, x = models.DeformConv(5, 7), torch.randn(2, 5, 9, 11)
+    torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, padding=1) / 2, atol=1e-5, rtol=1e-5)
+
+
+def test_deformable_offsets_are_y_then_x():
+    """Offsets of one row down and two columns right, masks of 1: the plain convolution of the moved picture."""
+    conv, x = models.DeformConv(5, 7), torch.randn(2, 5, 9, 11)
+    constant(conv.offset, [1.0, 2.0] * 9 + [50.0] * 9)
+    moved = F.conv2d(F.pad(x, (0, 2, 0, 1))[..., 1:, 2:], conv.weight, padding=1)
+    torch.testing.assert_close(conv(x)[..., 1:, 1:], moved[..., 1:, 1:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("freeze, frozen", [(0, ()), (1, ("conv1",)), (2, ("conv1", "layer1"))])
+def test_frozen_stages_receive_no_gradient(freeze, frozen):
+    """Stem, then layer1, ...; and a frozen batch norm has nothing to train."""
+    backbone = models.ResNet("resnet18", norm="frozen", freeze=freeze)
+    for name, p in backbone.named_parameters():
+        assert "bn" not in name and "downsample.1" not in name
+        assert p.requires_grad == (name.split(".")[1] not in frozen)
+    trained = models.ResNet("resnet18", norm="batch", freeze=0)
+    assert "body.bn1.weight" in dict(trained.named_parameters()) and all(p.requires_grad for p in trained.parameters())
+
+
+def parameters(model):
+    """How many, not counting batch norms, which some count and some freeze."""
+    return sum(p.numel() for module in model.modules() if not isinstance(module, torch.nn.BatchNorm2d)
+               for p in module.parameters(recurse=False))
+
+
+def test_original_detectors_have_as_many_parameters_as_torchvisions():
+    """torchvision's FCOS lacks the five scales; its RetinaNet takes P6 from P5 (256 channels), not C5 (2048)."""
+    with torch.device("meta"):
+        fcos, retinanet = (make(weights=None, weights_backbone=None, num_classes=91)
+                           for make in (fcos_resnet50_fpn, retinanet_resnet50_fpn))
+        assert parameters(models.build("fcos", 91, "resnet50", original=True)) == parameters(fcos) + 5
+        assert (parameters(models.build("retinanet", 91, "resnet50", original=True))
+                == parameters(retinanet) + (2048 - 256) * 256 * 9)
+
+
+@pytest.mark.parametrize("detector, candidates", [("retinanet", 201_600), ("fcos", 22_400)])
+@every_form
+def test_candidates_of_a_coco_image(detector, candidates, original):
+    """800 x 1333 padded to 800 x 1344: 22,400 points, nine anchors each (shapes only, on the meta device)."""
+    with torch.device("meta"):
+        model = models.build(detector, 80, "resnet50", original=original)
+        prediction = model(torch.zeros(1, 3, 800, 1344, dtype=torch.uint8), torch.zeros(1, 800, 1344, dtype=torch.bool))
+    assert model.strides == (8, 16, 32, 64, 128)
+    assert prediction.logits.shape == (1, candidates, 80) and prediction.boxes.shape == (1, candidates, 4)
+    assert prediction.candidates.shape == (candidates, 4) and prediction.levels.shape == (candidates,)
+
+
+# ------------------------------------------------------------------------------------------------
+# whole detectors
+# ------------------------------------------------------------------------------------------------
+
+@every_detector
+@every_form
+@pytest.mark.parametrize("backbone", ["tiny", "resnet18"])
+def test_every_detector_answers_in_the_documented_shapes(detector, original, backbone):
+    """(B, Q, C), (B, Q, 4), (Q, 4), (Q,): levels from fine to coarse, with ceil(size / stride) cells a side."""
+    strides = {"tiny": (4, 8, 16, 32, 64), "resnet18": (8, 16, 32, 64, 128)}[backbone]
+    per_cell = {"retinanet": 9, "fcos": 1, "centernet": 1}[detector]
+    cells = [math.ceil(64 / s) * math.ceil(96 / s) * per_cell for s in ((4,) if detector == "centernet" else strides)]
+    torch.manual_seed(0)
+    prediction = run(models.build(detector, 5, backbone, original=original).eval())
+    assert isinstance(prediction, Prediction) and prediction.aux == []
+    assert prediction.logits.shape == (2, sum(cells), 5) and prediction.boxes.shape == (2, sum(cells), 4)
+    assert prediction.candidates.shape == (sum(cells), 4)
+    assert prediction.levels.tolist() == [level for level, n in enumerate(cells) for _ in range(n)]
+    assert set(prediction.raw) == ({"retinanet": {"deltas", "positives_average"}, "fcos": {"centreness"},
+                                    "centernet": {"size", "offset", "grid", "stride"}}[detector] if original else set())
+
+
+@every_detector
+@every_form
+def test_bfloat16_ends_before_logits_and_boxes(detector, original):
+    """Costs and losses are float32: the heads hand over float32 also under autocast, close to the full computation."""
+    model = small(detector, original)
+    expected = run(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prediction = run(model)
+    assert prediction.logits.dtype == prediction.boxes.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in prediction.raw.values() if torch.is_tensor(value))
+    torch.testing.assert_close(prediction.logits, expected.logits, atol=0.2, rtol=0.05)
+
+
+@every_detector
+def test_padding_shows_the_mean_colour(detector):
+    """What lies under the mask does not matter: it is zero after normalisation."""
+    model = small(detector)
+    images, mask = torch.randint(0, 256, (2, 2, 3, 64, 96), dtype=torch.uint8), torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[:, 40:], mask[1, :, 70:] = True, True
+    images = torch.where(mask[:, None], images, images[0])
+    with torch.no_grad():
+        a, b = model(images[0], mask), model(images[1], mask)
+    assert not torch.equal(images[0], images[1]) and torch.equal(a.logits, b.logits)
+
+
+# ------------------------------------------------------------------------------------------------
+# from predictions to detections
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("k", [1, 10, 1000])
+def test_top_k_sorts_all_pairs_of_prediction_and_class(k):
+    """One prediction may be reported under several classes."""
+    scores, boxes = torch.rand(20, 3), torch.rand(20, 4)
+    pairs = sorted(((scores[q, c].item(), q, c) for q in range(20) for c in range(3)), reverse=True)[:k]
+    found = models.top_k(boxes, scores, k)
+    assert found[1].tolist() == [score for score, _, _ in pairs] and found[2].tolist() == [c for _, _, c in pairs]
+    assert torch.equal(found[0], boxes[[q for _, q, _ in pairs]])
+
+
+def slow_candidates(prediction, scores, accepted, threshold):
+    """Class by class torchvision's NMS on the accepted pairs: (score, prediction, class), best first."""
+    kept = []
+    for c in range(scores.shape[1]):
+        rows = accepted[:, c].nonzero()[:, 0]
+        for q in rows[nms(prediction.boxes[0, rows], scores[rows, c], threshold)].tolist():
+            kept.append((scores[q, c].item(), q, c))
+    return sorted(kept, reverse=True)
+
+
+@pytest.mark.parametrize("detector, threshold", [("retinanet", 0.5), ("fcos", 0.6)])
+def test_original_detections(detector, threshold):
+    """Class scores above 0.05 (FCOS ranks by the root of class score x centre-ness), then NMS of each class."""
+    model = small(detector, original=True)
+    prediction = run(model, B=1)
+    prediction.logits = torch.randn(prediction.logits.shape) * 2 - 3
+    prediction.boxes[0, :, 2:] = prediction.boxes[0, :, :2] + 30
+    p = prediction.logits[0].sigmoid()
+    scores = p
+    if detector == "fcos":
+        prediction.raw["centreness"] = torch.randn(prediction.raw["centreness"].shape)
+        scores = (p * prediction.raw["centreness"][0].sigmoid()[:, None]).sqrt()
+    keep = torch.zeros_like(p, dtype=torch.bool)         # the 1,000 best accepted pairs of each level
+    for level in range(5):
+        pairs = [(scores[q, c].item(), q, c) for q, c in (p > 0.05).nonzero().tolist() if prediction.levels[q] == level]
+        for _, q, c in sorted(pairs, reverse=True)[:1000]:
+            keep[q, c] = True
+    for k in (100, 10_000):
+        found = model.detections(prediction, 0, k)
+        expected = slow_candidates(prediction, scores, keep, threshold)[:k]
+        assert found["nms"][1].tolist() == [score for score, _, _ in expected]
+        assert found["nms"][2].tolist() == [c for _, _, c in expected]
+        assert torch.equal(found["nms"][0], prediction.boxes[0, [q for _, q, _ in expected]])
+        plain = sorted(scores[keep].tolist(), reverse=True)[:k]
+        assert found["plain"][1].tolist() == plain
+
+
+def test_original_centernet_keeps_peaks():
+    """Its "NMS" are the cells that are the largest of their 3x3 neighbours in their class (scipy's maximum filter)."""
+    model = small("centernet", original=True)
+    prediction = run(model)
+    prediction.logits = torch.randn(prediction.logits.shape)
+    heat = prediction.logits[1].sigmoid().mT.reshape(3, 16, 24).numpy()
+    peaks = heat[heat == scipy.ndimage.maximum_filter(heat, (1, 3, 3), mode="constant")]
+    assert model.detections(prediction, 1, 20)["nms"][1].tolist() == sorted(peaks.tolist(), reverse=True)[:20]
+
+
+@every_detector
+def test_one_to_one_detections_need_no_nms(detector):
+    """They are the k best pairs; the NMS column is computed from those k (torchvision, class by class)."""
+    model = small(detector)
+    prediction = run(model)
+    prediction.logits = torch.randn(prediction.logits.shape)
+    prediction.boxes[..., 2:] = prediction.boxes[..., :2] + 30
+    found = model.detections(prediction, 1, 50)
+    boxes, scores, labels = found["plain"]
+    assert scores.tolist() == sorted(prediction.logits[1].sigmoid().flatten().tolist(), reverse=True)[:50]
+    kept = sorted((-scores[i].item(), i) for c in range(3) for rows in [(labels == c).nonzero()[:, 0]]
+                  for i in rows[nms(boxes[rows], scores[rows], 0.5)].tolist())
+    assert 0 < len(kept) < 50 and torch.equal(found["nms"][0], boxes[[i for _, i in kept]])
+
+
+def test_detections_go_back_to_the_original_image():
+    """Scaled per axis, clipped to the picture, and dropped where nothing remains."""
+    boxes = torch.tensor([[10.0, 10, 20, 20], [-5, 30, 20, 90], [70, 0, 90, 10], [5, 5, 5, 9]])
+    target = {"size": torch.tensor([40, 60]), "original_size": torch.tensor([80, 180])}          # 2 high, 3 wide
+    found = models.to_original((boxes, torch.arange(4.0), torch.arange(4)), target)
+    assert found[0].tolist() == [[30, 20, 60, 40], [0, 60, 60, 80]] and found[2].tolist() == [0, 1]
+
+
+# ------------------------------------------------------------------------------------------------
+# checkpoints
+# ------------------------------------------------------------------------------------------------
+
+DESCRIPTION = {"class_names": ["a", "b", "c"], "test_transform": {}, "args": {}}
+
+
+def save(file, detector="fcos", num_classes=3):
+    """What train.py saves, as far as the reader cares.  Returns the model."""
+    build = {"detector": detector, "num_classes": num_classes, "backbone": "tiny", "width": 16, "depth": 1, "extra": 1}
+    model = models.build(**build).eval()
+    torch.save({"build": build, "model": model.state_dict(), **DESCRIPTION}, file)
+    return model
+
+
+def test_a_checkpoint_is_the_detector_it_was(tmp_path):
+    file = tmp_path / "last.pt"
+    model = save(file)
+    again = models.from_checkpoint(models.read_checkpoint(file), file).eval()
+    assert torch.equal(run(again).logits, run(model).logits)
+
+
+class Harmful:
+    """Unpickled, it makes a folder; it could as well delete one."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda what, file: file.write_bytes(pickle.dumps(what, protocol=2))],
+                         ids=["torch.save", "pickle"])
+def test_a_checkpoint_with_code_in_it_does_not_run(tmp_path, write):
+    file, folder = tmp_path / "last.pt", tmp_path / "harm"
+    write({"model": Harmful(folder)}, file)
+    with pytest.raises(CheckpointError, match="last.pt: refused.*run code"):
+        models.read_checkpoint(file)
+    assert not folder.exists()
+    with contextlib.suppress(RuntimeError):              # the same file, trusted, does run: this test can fail
+        torch.load(file, weights_only=False)
+    assert folder.exists()
+
+
+def half(file):
+    save(file)
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("write, words", [
+    (lambda file: None, "cannot be read.*check the path"),
+    (lambda file: file.mkdir(), "cannot be read"),
+    (half, "cut short"),
+    (lambda file: file.write_text(""), "cut short, or another kind of file"),
+    (lambda file: file.write_text("these are not weights\n" * 100), "another kind of file"),
+    (lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(500)), "another kind of file"),
+    (lambda file: torch.save([1, 2, 3], file), "holds a list"),
+    (lambda file: torch.save(torch.zeros(3), file), "holds a Tensor"),
+], ids=["missing", "folder", "half", "empty", "text", "png", "list", "tensor"])
+def test_a_file_that_is_no_checkpoint_is_called_what_it_is(tmp_path, write, words):
+    file = tmp_path / "last.pt"
+    write(file)
+    with pytest.raises(CheckpointError, match=f"last.pt: .*{words}"):
+        models.read_checkpoint(file)
+
+
+@pytest.mark.parametrize("content", [
+    {}, {"model": 3}, {"epoch": 7, "state_dict": {"conv1.weight": torch.zeros(1)}}, {0: torch.zeros(1)},
+    {"model": {"stem.0.weight": [1, 2]}},
+    {"model": {}, "build": {"detector": "yolo", "num_classes": 3, "backbone": "tiny"}, **DESCRIPTION},
+    {"model": {}, "build": {"detector": "fcos", "num_classes": 3, "backbone": "tiny", "wings": 2}, **DESCRIPTION},
+    {"model": {}, "build": {"detector": "fcos", "num_classes": 3, "backbone": "tiny"}, **DESCRIPTION},
+], ids=["empty", "number", "state_dict", "numbered", "lists", "unknown detector", "unknown option", "no weights"])
+@pytest.mark.parametrize("reader", ["from_checkpoint", "load_weights", "load_backbone"])
+def test_a_file_of_another_program_is_refused(tmp_path, reader, content):
+    """Whatever dict it holds, the reader says so in its own words."""
+    file = tmp_path / "other.pt"
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match="other.pt"):
+        if reader == "from_checkpoint":
+            models.from_checkpoint(models.read_checkpoint(file), file)
+        elif reader == "load_weights":
+            models.load_weights(small("fcos"), file)
+        else:
+            models.load_backbone(models.Tiny(), file)
+
+
+def test_weights_of_another_detector_fill_what_fits(tmp_path):
+    """RetinaNet from FCOS: backbone and neck fit; its deltas get nothing, distances are left over, scores differ."""
+    file = tmp_path / "fcos.pt"
+    fcos = save(file)
+    model = models.build("retinanet", 3, "tiny", width=16, depth=1, extra=1)
+    missing, left_over, shapes = models.load_weights(model, file)
+    assert missing == ["delta.weight", "delta.bias"] and shapes == ["score.weight", "score.bias"]
+    assert {name.split(".")[0] for name in left_over} == {"class_tower", "box_tower", "ltrb", "scale"}
+    for name in ("backbone.stem.0.weight", "neck.output.0.bias", "class_tower.0.weight"):
+        assert torch.equal(model.state_dict()[name], fcos.state_dict()[name])
+
+
+def test_weights_of_other_classes_fill_all_but_the_scores(tmp_path):
+    save(tmp_path / "coco.pt", num_classes=80)
+    model = models.build("fcos", 3, "tiny", width=16, depth=1, extra=1)
+    assert models.load_weights(model, tmp_path / "coco.pt") == ([], [], ["score.weight", "score.bias"])
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_a_torchvision_resnet_becomes_the_backbone(tmp_path, norm):
+    """From its state dict: the last map is what torchvision's own network averages and classifies."""
+    reference = torchvision.models.resnet18(weights=None).eval()
+    for module in reference.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for x in (module.weight, module.bias, module.running_mean, module.running_var):
+                x.data.uniform_(0.5, 1.5)
+    torch.save(reference.state_dict(), tmp_path / "resnet18.pth")
+    backbone = models.ResNet("resnet18", norm).eval()
+    models.load_backbone(backbone, tmp_path / "resnet18.pth")
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(reference.fc(backbone(images)[-1].mean((2, 3))), reference(images), atol=1e-4, rtol=1e-4)
+
+
+def test_a_trained_detector_lends_its_backbone(tmp_path):
+    """From train.py's last.pt, head and neck left aside."""
+    fcos, backbone = save(tmp_path / "last.pt"), models.Tiny()
+    models.load_backbone(backbone, tmp_path / "last.pt")
+    assert all(torch.equal(value, fcos.backbone.state_dict()[name]) for name, value in backbone.state_dict().items())
+
+
+def test_the_wrong_backbone_is_refused(tmp_path):
+    """ResNet34 weights for a ResNet18, a ResNet's for the tiny one, and the other way round: nothing is loaded."""
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "resnet34.pth")
+    save(tmp_path / "last.pt")
+    for file, backbone in [("resnet34.pth", models.ResNet("resnet18")), ("resnet34.pth", models.Tiny()),
+                           ("last.pt", models.ResNet("resnet18"))]:
+        before = {name: value.clone() for name, value in backbone.state_dict().items()}
+        with pytest.raises(CheckpointError, match=f"{file}: not the weights of this backbone"):
+            models.load_backbone(backbone, tmp_path / file)
+        assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    with pytest.raises(CheckpointError, match="imagenet: there are none for the tiny backbone"):
+        models.load_backbone(models.Tiny(), "imagenet")

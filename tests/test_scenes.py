@@ -1,0 +1,193 @@
+"""The embedded pictures: the same for everybody, and truthfully annotated (oracles: pycocotools, torchvision, PIL)."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from pycocotools import mask as coco_mask
+from torchvision.ops import box_iou
+
+import scenes
+
+ROOT = Path(scenes.__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")          # pycocotools under numpy 2
+
+
+def contents(folder):
+    """Every file below a folder: relative path -> bytes."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def read(folder, split="train"):
+    """Pairs of image entry and its annotations, in the file's order, which is the order of drawing."""
+    record = json.loads((folder / f"{split}.json").read_text())
+    return [(image, [a for a in record["annotations"] if a["image_id"] == image["id"]]) for image in record["images"]]
+
+
+def silhouette(annotation, image):
+    """pycocotools' boolean mask of all polygons of a creature together."""
+    parts = coco_mask.frPyObjects(annotation["segmentation"], image["height"], image["width"])
+    return coco_mask.decode(coco_mask.merge(parts)).astype(bool)
+
+
+# ------------------------------------------------------------------------------------------------
+# the same pictures for everybody
+# ------------------------------------------------------------------------------------------------
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    first = contents(scenes.write(tmp_path / "a", seed=3, counts={"train": 5, "val": 3}))
+    assert len(first) == 5 + 3 + 3                                    # pictures, two JSON files, complete.json
+    assert contents(scenes.write(tmp_path / "b", seed=3, counts={"train": 5, "val": 3})) == first
+
+
+def test_another_seed_another_split_and_another_index_give_other_pictures():
+    pictures = [scenes.draw(*which)[0].tobytes()
+                for which in ((0, "train", 0), (1, "train", 0), (0, "val", 0), (0, "train", 1))]
+    assert len(set(pictures)) == 4
+
+
+def test_a_picture_does_not_depend_on_how_many_are_drawn(tmp_path):
+    few = scenes.write(tmp_path / "few", seed=0, counts={"train": 3, "val": 2})
+    many = scenes.write(tmp_path / "many", seed=0, counts={"val": 4, "train": 8})
+    for split, count in (("train", 3), ("val", 2)):
+        assert read(few, split) == read(many, split)[:count]
+        for image, _ in read(few, split):
+            assert (few / split / image["file_name"]).read_bytes() == (many / split / image["file_name"]).read_bytes()
+
+
+def test_drawing_leaves_the_global_random_state_alone():
+    np.random.seed(0)
+    expected = np.random.random()
+    np.random.seed(0)
+    scenes.draw(0, "train", 0)
+    assert np.random.random() == expected
+
+
+# ------------------------------------------------------------------------------------------------
+# truthful annotations
+# ------------------------------------------------------------------------------------------------
+
+def test_a_box_is_the_extent_of_the_polygons_and_lies_inside_the_picture(tiny_scenes):
+    for image, annotations in read(tiny_scenes):
+        assert (image["width"], image["height"]) == Image.open(tiny_scenes / "train" / image["file_name"]).size
+        for a in annotations:
+            points = np.concatenate([np.reshape(p, (-1, 2)) for p in a["segmentation"]])
+            x, y, w, h = a["bbox"]
+            assert np.allclose([x, y, x + w, y + h], [*points.min(0), *points.max(0)], atol=0.02)
+            assert x >= 0 and y >= 0 and x + w <= image["width"] and y + h <= image["height"]
+
+
+def test_the_area_is_the_area_of_the_silhouette(tiny_scenes):
+    """Within 15 % each and 7 % on average: our edges are smooth and, drawn by PIL, a fraction of a pixel wider."""
+    ratios = [a["area"] / silhouette(a, image).sum() for image, annotations in read(tiny_scenes) for a in annotations]
+    assert max(ratios) < 1.15 and min(ratios) > 0.93 and 0.98 < np.mean(ratios) < 1.07
+
+
+def test_a_creature_has_one_colour_wherever_it_is_visible(tiny_scenes):
+    """40 is five standard deviations of the noise, or more; edges blend, so one pixel is peeled off."""
+    for image, annotations in read(tiny_scenes):
+        picture = np.asarray(Image.open(tiny_scenes / "train" / image["file_name"]), float)
+        masks = [silhouette(a, image) for a in annotations]
+        for n, mask in enumerate(masks):
+            visible = mask & ~np.any([np.zeros_like(mask), *masks[n + 1:]], axis=0)
+            inside = np.asarray(Image.fromarray(255 * visible.astype(np.uint8)).filter(ImageFilter.MinFilter(3))) > 0
+            colour = np.median(picture[inside], axis=0)
+            assert (np.abs(picture[inside] - colour).max(1) < 40).mean() > 0.97
+
+
+def test_at_least_half_of_every_creature_is_visible(tiny_scenes):
+    for image, annotations in read(tiny_scenes):
+        masks = [silhouette(a, image) for a in annotations]
+        for n, mask in enumerate(masks):
+            hidden = mask & np.any([np.zeros_like(mask), *masks[n + 1:]], axis=0)
+            assert hidden.sum() < 0.5 * mask.sum()
+
+
+def test_boxes_overlap_less_than_nms_would_suppress(tiny_scenes):
+    for _, annotations in read(tiny_scenes):
+        boxes = torch.tensor([a["bbox"] for a in annotations]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        assert (box_iou(boxes, boxes).fill_diagonal_(0) < scenes.MAX_IOU + 0.005).all()     # coordinates are rounded
+
+
+def test_every_kind_and_every_number_of_creatures_occurs(tiny_scenes):
+    train = read(tiny_scenes)
+    assert {a["category_id"] for _, annotations in train for a in annotations} == set(range(1, len(scenes.KINDS) + 1))
+    counts = {len(annotations) for _, annotations in train}
+    assert 0 in counts and max(counts) >= 4 and max(counts) <= scenes.MAX_OBJECTS
+
+
+# ------------------------------------------------------------------------------------------------
+# interrupted and repeated writes
+# ------------------------------------------------------------------------------------------------
+
+def stop_at(monkeypatch, picture):
+    """From now on drawing is killed when it reaches picture number `picture`."""
+    draw = scenes.draw
+
+    def killed(seed, split, index):
+        if index == picture:
+            raise KeyboardInterrupt
+        return draw(seed, split, index)
+
+    monkeypatch.setattr(scenes, "draw", killed)
+
+
+def test_a_finished_data_set_is_not_drawn_again(tmp_path, monkeypatch):
+    scenes.write(tmp_path, seed=0, counts={"train": 2, "val": 1})
+    before = contents(tmp_path)
+    stop_at(monkeypatch, 0)
+    scenes.write(tmp_path, seed=0, counts={"train": 2, "val": 1})
+    assert contents(tmp_path) == before
+
+
+def test_a_killed_write_is_repeated(tmp_path, monkeypatch):
+    expected = contents(scenes.write(tmp_path / "whole", seed=0, counts={"train": 3, "val": 1}))
+    with monkeypatch.context() as m:
+        stop_at(m, 2)
+        with pytest.raises(KeyboardInterrupt):
+            scenes.write(tmp_path / "killed", seed=0, counts={"train": 3, "val": 1})
+    assert not (tmp_path / "killed" / "complete.json").exists()
+    assert contents(scenes.write(tmp_path / "killed", seed=0, counts={"train": 3, "val": 1})) == expected
+
+
+def test_a_killed_write_over_a_finished_data_set_is_repeated(tmp_path, monkeypatch):
+    """The old data set's complete.json must not vouch for what the killed write left behind."""
+    expected = contents(scenes.write(tmp_path, seed=0, counts={"train": 3, "val": 1}))
+    with monkeypatch.context() as m:
+        stop_at(m, 2)
+        with pytest.raises(KeyboardInterrupt):
+            scenes.write(tmp_path, seed=1, counts={"train": 3, "val": 1})
+    assert contents(scenes.write(tmp_path, seed=0, counts={"train": 3, "val": 1})) == expected
+
+
+def test_a_write_killed_while_it_wrote_complete_json_is_repeated(tmp_path):
+    expected = contents(scenes.write(tmp_path, seed=0, counts={"train": 2, "val": 1}))
+    (tmp_path / "complete.json").write_text("")
+    assert contents(scenes.write(tmp_path, seed=0, counts={"train": 2, "val": 1})) == expected
+
+
+# ------------------------------------------------------------------------------------------------
+# command line
+# ------------------------------------------------------------------------------------------------
+
+def run(*arguments):
+    return subprocess.run([sys.executable, str(ROOT / "scenes.py"), *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_show_writes_a_sheet_that_opens(tmp_path):
+    assert run("--show", tmp_path / "sheet.png").returncode == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG" and min(sheet.size) > 5 * scenes.SIZE
+        assert len(sheet.convert("RGB").getcolors(2 ** 24)) > 1000                          # not a blank page
+
+
+@pytest.mark.parametrize("arguments", [["--show", "no/such/folder/sheet.png"], ["--show", "sheet"], ["--out", "file"]])
+def test_what_cannot_be_written_is_one_sentence_and_exit_code_2(tmp_path, arguments):
+    (tmp_path / "file").write_text("a file where the folder should be")
+    done = run(arguments[0], tmp_path / arguments[1])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("scenes.py: ")

@@ -1,0 +1,291 @@
+"""The loop: it learns, continues exactly, is the same on one process or two, and stops with one clear sentence."""
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import evaluate
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def flags(folder, **more):
+    """A run of seconds: 24 pictures in training, 7 in validation, a narrow FCOS."""
+    base = {"data": "custom", "train-json": folder / "train.json", "train-images": folder / "train",
+            "val-json": folder / "val.json", "val-images": folder / "val", "backbone": "tiny", "width": 16, "depth": 1,
+            "extra-levels": 0, "steps": 8, "batch-size": 4, "train-sizes": 64, "train-longest": 64, "test-size": 64,
+            "test-longest": 64, "log-every": 1, "checkpoint-every": 4, "device": "cpu", **more}
+    return [part for name, value in base.items() for part in (f"--{name}", str(value))]
+
+
+def weights(out):
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def rows(file):
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def same(a, b):
+    """Bit for bit equality of nested dicts, lists and tensors."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def fails(capsys, arguments, *words):
+    """The command ends with exit code 2 and one line on standard error that holds `words`."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    message = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    last = message.splitlines()[-1]
+    assert "Traceback" not in message
+    for word in words:
+        assert str(word) in last, last
+
+
+@pytest.mark.parametrize("detector", ["fcos", "retinanet", "centernet"])
+@pytest.mark.parametrize("row", [["--assign", "one-to-many"], ["--class-cost", "0", "--location-cost", "predefined"],
+                                 ["--location-cost", "predefined"], [], ["--assign", "min-cost"], ["--assign", "top-k"]],
+                         ids=["one-to-many", "location-only", "predefined", "predicted", "min-cost", "top-k"])
+def test_every_row_of_the_dense_half_of_tables_1_and_2_runs_and_leaves_its_files(tiny_scenes, tmp_path, detector, row):
+    out = tmp_path / "run"
+    train.main(flags(tiny_scenes, detector=detector, steps=2, out=out) + row)
+    assert {"args.json", "log.csv", "eval.csv", "last.pt", "detections.json", "metrics.json", "detections.png"} <= set(os.listdir(out))
+    losses = [float(row["loss"]) for row in rows(out / "log.csv")]
+    assert len(losses) == 2 and all(0 < loss < 1e4 for loss in losses)
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "nms"} <= json.loads((out / "metrics.json").read_text()).keys()
+
+
+def test_a_small_run_learns_what_an_untrained_network_cannot(tiny_scenes, tmp_path):
+    """24 pictures, learned by heart: the loss falls to a fraction and most of them are found again."""
+    out = tmp_path / "run"
+    by_heart = {"val-json": tiny_scenes / "train.json", "val-images": tiny_scenes / "train", "train-sizes": 128, "train-longest": 128,
+                "test-size": 128, "test-longest": 128, "width": 32, "batch-size": 8, "lr": 2e-3, "flip": 0}
+    train.main(flags(tiny_scenes, out=tmp_path / "untrained", **{**by_heart, "steps": 1, "lr": 1e-9}))
+    train.main(flags(tiny_scenes, out=out, **{**by_heart, "steps": 250, "checkpoint-every": 250}))
+    log = [float(row["loss"]) for row in rows(out / "log.csv")]
+    assert sum(log[-10:]) < 0.5 * sum(log[:10])
+    untrained, learned = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "untrained", out))
+    assert untrained["AP50"] < 1 and learned["AP50"] > 20
+
+
+@pytest.mark.parametrize("detector, assign", [("fcos", "hungarian"), ("retinanet", "one-to-many"), ("centernet", "hungarian")])
+def test_a_run_that_is_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(tiny_scenes, tmp_path, monkeypatch, detector, assign):
+    """Killed in step 6, two steps after the last checkpoint, which a resume must not be able to notice."""
+    common = {"detector": detector, "assign": assign}
+    train.main(flags(tiny_scenes, out=tmp_path / "whole", **common))
+    calls, real = [], train.detection_loss
+
+    def die_in_step_6(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyError("killed")
+        return real(*args)
+
+    monkeypatch.setattr(train, "detection_loss", die_in_step_6)
+    with pytest.raises(KeyError):
+        train.main(flags(tiny_scenes, out=tmp_path / "parts", **common))
+    monkeypatch.setattr(train, "detection_loss", real)
+    assert weights(tmp_path / "parts")["step"] == 4
+    train.main(["--resume", "--out", str(tmp_path / "parts")])
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for part in ("model", "optimizer", "step", "random", "buffers"):
+        assert same(whole[part], parts[part]), part
+    drop = ("images_per_second", "seconds_waiting")
+    assert ([{k: v for k, v in row.items() if k not in drop} for row in rows(tmp_path / "whole" / "log.csv")]
+            == [{k: v for k, v in row.items() if k not in drop} for row in rows(tmp_path / "parts" / "log.csv")])
+    assert (tmp_path / "whole" / "metrics.json").read_text() == (tmp_path / "parts" / "metrics.json").read_text()
+
+
+def test_ctrl_c_saves_the_step_it_reached_and_resume_goes_on_from_there(tiny_scenes, tmp_path, monkeypatch, capsys):
+    real, calls = train.detection_loss, []
+
+    def interrupt_in_step_3(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), 2)
+        return real(*args)
+
+    monkeypatch.setattr(train, "detection_loss", interrupt_in_step_3)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags(tiny_scenes, out=tmp_path / "run"))
+    assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(train, "detection_loss", real)
+    train.main(["--resume", "--out", str(tmp_path / "run")])
+    train.main(flags(tiny_scenes, out=tmp_path / "whole"))
+    assert same(weights(tmp_path / "whole")["model"], weights(tmp_path / "run")["model"])
+
+
+def test_resume_refuses_changed_flags_by_name_and_touches_nothing(tiny_scenes, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(flags(tiny_scenes, steps=4, out=out))
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    fails(capsys, ["--resume", "--out", str(out), "--lr", "0.5", "--class-cost", "0"], "--lr", "--class-cost", "0.5")
+    assert before == {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+def run_processes(count, arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "29517",
+               str(ROOT / "train.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture
+def descent(tmp_path):
+    """Flags of plain gradient descent, where the change of the weights is the gradient.
+
+    The backbone's norms are frozen: batch norm's statistics would be those of each process's own share.
+    """
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    return {"backbone": "resnet18", "backbone-weights": tmp_path / "resnet18.pth", "optimizer": "sgd", "momentum": 0, "weight-decay": 0,
+            "lr": 0.01, "schedule": "step", "clip-grad": 0, "steps": 2}
+
+
+@pytest.mark.parametrize("assign", ["hungarian", "one-to-many"])
+def test_two_processes_compute_the_losses_and_gradients_of_one(tiny_scenes, tmp_path, descent, assign):
+    """And evaluation of the 7 pictures, an odd number, counts each once: the same detections."""
+    descent["assign"] = assign
+    train.main(flags(tiny_scenes, out=tmp_path / "one", **descent))
+    run_processes(2, flags(tiny_scenes, out=tmp_path / "two", **descent))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=0, atol=1e-6)
+    for a, b in zip(rows(tmp_path / "one" / "log.csv"), rows(tmp_path / "two" / "log.csv"), strict=True):
+        assert float(a["gradient_norm"]) == pytest.approx(float(b["gradient_norm"]), rel=1e-5)
+        if assign == "hungarian":            # normalised over all processes, so that even the terms agree
+            assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+    a, b = (json.loads((tmp_path / run / "detections.json").read_text()) for run in ("one", "two"))
+    assert [d["image_id"] for d in a] == [d["image_id"] for d in b]
+    assert [d["score"] for d in a] == pytest.approx([d["score"] for d in b], abs=1e-5)
+
+
+def test_micro_batches_add_up_to_the_same_step(tiny_scenes, tmp_path, descent):
+    train.main(flags(tiny_scenes, out=tmp_path / "one", **descent))
+    train.main(flags(tiny_scenes, out=tmp_path / "four", accumulate=4, **descent))
+    for name, value in weights(tmp_path / "one")["model"].items():
+        torch.testing.assert_close(weights(tmp_path / "four")["model"][name], value, rtol=0, atol=1e-6)
+
+
+def test_the_checkpoint_alone_gives_the_same_figures_again(tiny_scenes, tmp_path, monkeypatch, capsys):
+    train.main(flags(tiny_scenes, steps=4, out=tmp_path / "run"))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--weights", str(tmp_path / "run" / "last.pt"), "--out", str(tmp_path / "again")])
+    evaluate.main()
+    assert (tmp_path / "again" / "metrics.json").read_text() == (tmp_path / "run" / "metrics.json").read_text()
+    assert (tmp_path / "again" / "detections.json").read_text() == (tmp_path / "run" / "detections.json").read_text()
+
+
+def test_init_takes_what_fits_and_lists_the_rest(tiny_scenes, tmp_path, capsys):
+    train.main(flags(tiny_scenes, steps=1, out=tmp_path / "a"))
+    train.main(flags(tiny_scenes, steps=1, lr=1e-12, detector="retinanet", out=tmp_path / "b", init=tmp_path / "a" / "last.pt"))
+    said = capsys.readouterr().out
+    assert "delta.weight" in said and "score.weight" in said and "ltrb.bias" in said
+    a, b = weights(tmp_path / "a")["model"], weights(tmp_path / "b")["model"]
+    torch.testing.assert_close(a["backbone.stem.0.weight"], b["backbone.stem.0.weight"], rtol=0, atol=1e-6)
+
+
+def test_not_a_number_stops_the_run_with_step_and_images_and_keeps_the_good_checkpoint(tiny_scenes, tmp_path, monkeypatch, capsys):
+    real, calls = train.detection_loss, []
+
+    def overflow_in_step_6(*args):
+        calls.append(1)
+        terms = real(*args)
+        return {k: v * float("inf") for k, v in terms.items()} if len(calls) == 6 else terms
+
+    monkeypatch.setattr(train, "detection_loss", overflow_in_step_6)
+    fails(capsys, flags(tiny_scenes, out=tmp_path / "run"), "step 5", "images", "--lr", "last.pt")
+    good = weights(tmp_path / "run")
+    assert good["step"] == 4 and all(v.isfinite().all() for v in good["model"].values() if v.is_floating_point())
+
+
+def test_a_learning_rate_that_explodes_is_told_as_such(tiny_scenes, tmp_path, capsys):
+    fails(capsys, flags(tiny_scenes, out=tmp_path / "run", optimizer="sgd", lr=1e30, schedule="step"), "step", "image", "lower --lr")
+
+
+def student(tmp_path, body):
+    file = tmp_path / "my.py"
+    file.write_text("import torch\ndef mine(cost):\n" + "".join(f"    {line}\n" for line in body.splitlines()))
+    return f"{file}:mine"
+
+
+def test_a_student_function_plugs_in(tiny_scenes, tmp_path):
+    mine = student(tmp_path, "return cost.argmin(0), torch.arange(cost.shape[1])")
+    train.main(flags(tiny_scenes, steps=2, out=tmp_path / "mine", assign=mine))
+    train.main(flags(tiny_scenes, steps=2, out=tmp_path / "ours", assign="min-cost"))
+    assert same(weights(tmp_path / "mine")["model"], weights(tmp_path / "ours")["model"])
+
+
+@pytest.mark.parametrize("body, words", [
+    ("return cost.argmin(0)", ("two tensors",)),
+    ("return cost.argmin(0), torch.arange(cost.shape[1])[:-1]", ("one length",)),
+    ("return cost.amin(0), torch.arange(cost.shape[1])", ("long",)),
+    ("return cost.argmin(0) + 10 ** 6, torch.arange(cost.shape[1])", ("outside",)),
+    ("raise RuntimeError('I forgot')", ("I forgot", "image")),
+])
+def test_a_student_function_that_fails_is_told_what_it_did(tiny_scenes, tmp_path, capsys, body, words):
+    mine = student(tmp_path, body)
+    fails(capsys, flags(tiny_scenes, steps=2, out=tmp_path / "run", assign=mine), "mine", *words)
+
+
+def test_bad_flags_are_told_by_name(tiny_scenes, tmp_path, capsys):
+    out = {"out": tmp_path / "run"}
+    fails(capsys, flags(tiny_scenes, **out, assign="cheapest"), "cheapest", "hungarian")
+    fails(capsys, flags(tiny_scenes, **out, assign="missing.py:f"), "missing.py")
+    fails(capsys, flags(tiny_scenes, **out, **{"batch-size": 5, "accumulate": 2}), "--batch-size", "5")
+    fails(capsys, flags(tiny_scenes, **out, lr=-1), "--lr")
+    fails(capsys, flags(tiny_scenes, **out, assign="one-to-many", **{"class-cost": 0}), "--class-cost")
+    fails(capsys, flags(tiny_scenes, **out, detector="yolo"), "yolo")
+    fails(capsys, flags(tiny_scenes, **out, **{"train-json": tmp_path / "none.json"}), "none.json")
+    fails(capsys, ["--data", "coco", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")], "instances_train2017.json", "download")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_or_cannot_be_written_is_left_alone(tiny_scenes, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(flags(tiny_scenes, steps=1, out=out))
+    before = (out / "last.pt").read_bytes()
+    fails(capsys, flags(tiny_scenes, steps=1, out=out), "--resume", out)
+    assert (out / "last.pt").read_bytes() == before
+    (tmp_path / "file").write_text("")
+    fails(capsys, flags(tiny_scenes, steps=1, out=tmp_path / "file" / "run"), "file")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny_scenes, tmp_path, monkeypatch, capsys):
+    real, calls = torch.save, []
+
+    def full(content, stream):
+        calls.append(1)
+        if len(calls) == 2:
+            stream.write(b"half a checkpoint")
+            raise OSError(28, "No space left on device")
+        return real(content, stream)
+
+    monkeypatch.setattr(torch, "save", full)
+    fails(capsys, flags(tiny_scenes, out=tmp_path / "run"), "No space left")
+    assert weights(tmp_path / "run")["step"] == 4
+
+
+def test_a_checkpoint_cut_in_half_or_of_another_detector_is_refused(tiny_scenes, tmp_path, capsys):
+    train.main(flags(tiny_scenes, steps=1, out=tmp_path / "a"))
+    whole = (tmp_path / "a" / "last.pt").read_bytes()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "last.pt").write_bytes(whole[:len(whole) // 2])
+    fails(capsys, ["--resume", "--out", str(tmp_path / "b")], "last.pt", "cut short")
+    fails(capsys, ["--resume", "--out", str(tmp_path / "a"), "--detector", "retinanet"], "--detector")
+    fails(capsys, flags(tiny_scenes, out=tmp_path / "c", init=tmp_path / "b" / "last.pt"), "last.pt")
+    fails(capsys, flags(tiny_scenes, out=tmp_path / "c", **{"backbone": "resnet18", "backbone-weights": tmp_path / "a" / "last.pt"}), "backbone")
