@@ -52,6 +52,7 @@ class Annotations:
     boxes: torch.Tensor         # (M, 4) xyxy, clipped to the picture
     labels: torch.Tensor        # (M,) contiguous class 0...C-1: the rank of the category id
     crowd: torch.Tensor         # (M,) bool: never a training target, "ignore" in evaluation
+    rows: torch.Tensor          # (M,) which entry of the file's "annotations" a box is
     class_names: list           # C
     category_ids: list          # C, the file's own ids (COCO: 1...90 with gaps)
 
@@ -98,6 +99,7 @@ def parse_coco(json_file, image_dir):
 
     Returns Annotations of everything usable and the list of Faults, in the file's order.  Raises
     DataError only where nothing can be read at all (no JSON, not COCO's layout, no pictures).
+    With image_dir None, to score a result file, neither pictures nor their sizes need be there.
     """
     record = read_json(json_file)
     if not isinstance(record, dict) or not all(isinstance(record.get(key), list)
@@ -106,7 +108,7 @@ def parse_coco(json_file, image_dir):
                         f"'images', 'annotations' and 'categories'; result files go to evaluate.py results")
     if not record["images"]:
         raise DataError(f"{json_file}: the data set is empty: it lists no images")
-    if not Path(image_dir).is_dir():
+    if image_dir is not None and not Path(image_dir).is_dir():
         raise DataError(f"{image_dir}: no such folder of pictures; check --images (or --data-dir)")
     faults = []
 
@@ -135,6 +137,8 @@ def parse_coco(json_file, image_dir):
         i, name = image["id"], image.get("file_name")
         if i in images:
             fault("duplicate image id", f"image id {i} is listed twice")
+        elif image_dir is None:
+            images[i] = (str(name), 10 ** 9, 10 ** 9)
         elif not isinstance(name, str) or not name or escapes(name):
             fault("bad file name", f"image {i}: file_name {name!r} is missing or leaves the image folder; "
                                    f"give a path below --images")
@@ -183,15 +187,14 @@ def parse_coco(json_file, image_dir):
             fault("box outside the picture", f"{where}: bbox {box} lies outside the picture of {width} x "
                                              f"{height} (--drop-bad-boxes leaves such boxes out)", box=True)
             continue
-        of_image[image_id].append((x1, y1, x2, y2, label_of[category], bool(annotation.get("iscrowd", 0))))
+        of_image[image_id].append((x1, y1, x2, y2, label_of[category], bool(annotation.get("iscrowd", 0)), n))
 
-    rows = [row for i in images for row in of_image[i]]
-    table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6)
+    table = torch.tensor([row for i in images for row in of_image[i]], dtype=torch.float64).reshape(-1, 7)
     annotations = Annotations(
         str(json_file), str(image_dir), list(images), [v[0] for v in images.values()],
         torch.tensor([v[1:] for v in images.values()], dtype=torch.long).reshape(-1, 2),
         torch.tensor([0] + [len(of_image[i]) for i in images]).cumsum(0),
-        table[:, :4].float(), table[:, 4].long(), table[:, 5].bool(),
+        table[:, :4].float(), table[:, 4].long(), table[:, 5].bool(), table[:, 6].long(),
         [names[c] for c in category_ids], category_ids)
     return annotations, faults
 

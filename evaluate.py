@@ -69,13 +69,15 @@ def coco_metrics(gt, detections, max_dets=100, image_ids=None):
             "AR": percent(recall[:, :, 0])}
 
 
-def read_ground_truth(json_file):
-    """pycocotools COCO of a data set; boxes get the area pycocotools needs where the file gives none."""
-    record = data.read_json(json_file)
-    for annotation in record["annotations"]:
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-    return coco_object(record["images"], record["categories"], record["annotations"])
+def ground_truth(annotations):
+    """pycocotools COCO of what the reader accepted; boxes get the area pycocotools needs where the file gives none."""
+    record = data.read_json(annotations.json_file)
+    boxes = [record["annotations"][row] for row in sorted(annotations.rows.tolist())]
+    for n, box in enumerate(boxes):
+        box.setdefault("id", n + 1)
+        box.setdefault("iscrowd", 0)
+        box.setdefault("area", box["bbox"][2] * box["bbox"][3])
+    return coco_object(record["images"], record["categories"], boxes)
 
 
 @torch.no_grad()
@@ -145,17 +147,16 @@ def read_results(file):
 
 def score_file(gt_file, dt_file, max_dets):
     """Figures of a result file against a COCO-format ground truth.  Raises DataError."""
-    record = data.read_json(gt_file)
-    if not isinstance(record, dict) or not all(isinstance(record.get(k), list) and record[k] or k == "annotations"
-                                               for k in ("images", "annotations", "categories")):
-        raise data.DataError(f"{gt_file}: not a COCO data set with images, annotations and categories")
-    gt = read_ground_truth(gt_file)
-    found = read_results(dt_file)
+    annotations, faults = data.parse_coco(gt_file, None)
+    for fault in faults:
+        if not fault.box or "finite" in fault.kind:          # a box without extent does not count
+            raise data.DataError(fault.text)
+    found, listed = read_results(dt_file), set(annotations.image_ids)
     for n, d in enumerate(found):
-        if d["image_id"] not in gt.imgs:
+        if d["image_id"] not in listed:
             raise data.DataError(f"{dt_file}: detection number {n} is of image {d['image_id']!r}, which {gt_file} "
                                  f"does not list")
-    return coco_metrics(gt, found, max_dets)
+    return coco_metrics(ground_truth(annotations), found, max_dets)
 
 
 def write_json(file, content, indent=None):
@@ -208,7 +209,7 @@ def main():
         max_dets = args.max_dets or checkpoint["args"].get("max_dets", 100)
         pictures = data.Pictures(annotations, data.Transform(**checkpoint["test_transform"]))
         results = detect(model.to(device), pictures, args.batch_size, max_dets, device, args.precision, args.workers)
-        figures = metrics(read_ground_truth(json_file), results, max_dets, annotations.image_ids)
+        figures = metrics(ground_truth(annotations), results, max_dets, annotations.image_ids)
         print(describe(figures))
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)

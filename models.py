@@ -347,18 +347,18 @@ class RetinaNet(Detector):
     """Lin et al., 2017b: nine anchors a point, deltas from anchor to box, focal loss.
 
     The original has biases in the towers and normal(0, 0.01) weights; OneNet's has no biases and Xavier
-    weights.  Neither has norms.
+    weights.  Neither has norms in the towers; `tower_norm` adds them, for short training from scratch.
     """
     candidates = "anchors"
     ANCHORS = 9
 
-    def __init__(self, backbone, num_classes, original=False, width=256, depth=4, extra=2):
+    def __init__(self, backbone, num_classes, original=False, width=256, depth=4, extra=2, tower_norm=False):
         super().__init__(backbone)
         self.original = original
         self.neck = FPN(backbone, width, extra)
         self.strides = self.neck.strides
-        self.class_tower = tower(width, depth, norm=False, bias=original)
-        self.box_tower = tower(width, depth, norm=False, bias=original)
+        self.class_tower = tower(width, depth, norm=tower_norm, bias=original)
+        self.box_tower = tower(width, depth, norm=tower_norm, bias=original)
         self.score = nn.Conv2d(width, self.ANCHORS * num_classes, 3, padding=1)
         self.delta = nn.Conv2d(width, self.ANCHORS * 4, 3, padding=1)
         init_heads([self.class_tower, self.box_tower, self.score, self.delta], original)

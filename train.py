@@ -68,7 +68,7 @@ EVERYWHERE = {"assign": "hungarian", "location_cost": "predicted", "class_cost":
               "precision": "fp32", "eval_every": 0, "log_every": 20, "checkpoint_every": 500, "momentum": 0.9,
               "weight_decay": 1e-4, "backbone_lr_factor": 1.0, "clip_grad": 0.0, "flip": 0.5, "crop": 0.0,
               "max_dets": 100, "warmup_steps": 0, "warmup_factor": 0.01, "milestones": [], "backbone_weights": "none",
-              "deform": False, "drop_bad_boxes": False, "box_prior": 0.0}
+              "deform": False, "drop_bad_boxes": False, "box_prior": 0.0, "tower_norm": False}
 
 # 3.5, 4.6 and 5.2 of the published configurations: OneNet's code, "3x"
 ONENET = {"steps": 270_000, "batch_size": 16, "optimizer": "adamw", "lr": 4e-5, "schedule": "step", "milestones": [210_000, 250_000],
@@ -81,16 +81,20 @@ ORIGINAL = {"steps": 90_000, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "
 RECIPES = {
     # chosen as a demonstration for two CPU cores; all rows of a detector share everything but the row's flags
     "scenes": {
-        "": {"backbone": "tiny", "width": 64, "depth": 2, "extra_levels": 0, "steps": 3000, "batch_size": 16,
+        "": {"backbone": "tiny", "width": 64, "depth": 2, "extra_levels": 0, "steps": 4500, "batch_size": 16,
              "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [128],
              "train_longest": 128, "test_size": 128, "test_longest": 128, "workers": 0},
         "fcos": {"box_prior": 3.0},
-        "centernet": {"box_prior": 12.0},
+        "retinanet": {"tower_norm": True, "steps": 3600},
+        "centernet": {"box_prior": 12.0, "steps": 3200},
     },
+    # for a few hundred photographs on the same machine; a GPU wants --backbone resnet50 --backbone-weights imagenet
     "custom": {
-        "": {"backbone": "resnet18", "width": 128, "depth": 2, "extra_levels": 2, "steps": 3000, "batch_size": 16,
-             "optimizer": "adamw", "lr": 5e-4, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [320],
-             "train_longest": 448, "test_size": 320, "test_longest": 448, "workers": 0},
+        "": {"backbone": "tiny", "width": 64, "depth": 2, "extra_levels": 0, "steps": 2000, "batch_size": 8,
+             "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [256],
+             "train_longest": 448, "test_size": 256, "test_longest": 448, "workers": 0},
+        "fcos": {"box_prior": 3.0}, "retinanet": {"tower_norm": True},
+        "centernet": {"box_prior": 12.0},
     },
     "coco": {
         "": {"backbone": "resnet50", "width": 256, "depth": 4, "extra_levels": 2, "workers": 4, "test_size": 800, "test_longest": 1333,
@@ -120,6 +124,7 @@ def make_parser():
     g.add_argument("--depth", type=int, metavar="N", help="convolutions in a tower (RetinaNet, FCOS)")
     g.add_argument("--extra-levels", type=int, metavar="N", help="pyramid levels above the backbone's last map (2 gives P6 and P7)")
     g.add_argument("--deform", action=argparse.BooleanOptionalAction, default=None, help="deformable convolutions in CenterNet's neck")
+    g.add_argument("--tower-norm", action=argparse.BooleanOptionalAction, default=None, help="group norm in RetinaNet's towers (scenes: yes; published: no)")
     g.add_argument("--box-prior", type=float, metavar="D", help="distance from point to box side before training: FCOS in strides (scenes: 3), CenterNet "
                    "in pixels (scenes: 12); published: 0, where half of the outputs start behind their ReLU")
     g = parser.add_argument_group("positive samples (Section 3.2, Table 1)")
@@ -242,7 +247,9 @@ def build_arguments(flags, num_classes):
         # without pre-trained weights there is nothing to freeze; CenterNet trains all of it, norms too
         train_all = flags["backbone_weights"] == "none" or flags["detector"] == "centernet"
         build.update(norm="batch" if train_all else "frozen", freeze=0 if train_all else 2)
-    if flags["detector"] in ("fcos", "centernet"):
+    if flags["detector"] == "retinanet":
+        build["tower_norm"] = flags["tower_norm"]
+    else:
         build["box_prior"] = flags["box_prior"]
     if flags["detector"] == "centernet":
         build["deform"] = flags["deform"]
@@ -454,7 +461,7 @@ def train(flags, checkpoint, rank, world, device):
         figures.detections_beside_truth(val_pictures, results["plain"], out / "detections.png")
         return result
 
-    val_gt = evaluate.read_ground_truth(val_files[0]) if main_process else None
+    val_gt = evaluate.ground_truth(val_set) if main_process else None
     batches = iter(data.loader(train_pictures, data.training_batches(
         train_set, flags["batch_size"], flags["seed"], first_step, rank, world, flags["accumulate"]), flags["workers"], "cuda" in device))
     if checkpoint:                                                   # last, so that nothing above disturbs them

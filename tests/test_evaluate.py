@@ -41,6 +41,18 @@ def figures(folder, truth, found, max_dets=100):
     return evaluate.score_file(folder / "gt.json", folder / "dt.json", max_dets)
 
 
+def command(monkeypatch, capsys, *arguments):
+    """evaluate.py's command line in this process: (exit code, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    try:
+        evaluate.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
 # ------------------------------------------------------------------------------------------------
 # figures
 # ------------------------------------------------------------------------------------------------
@@ -53,8 +65,9 @@ def random_case(seed):
         for _ in range(rng.integers(0, 12)):
             size = rng.choice([15, 60, 150]) * rng.uniform(0.8, 1.3, 2)
             corner, category = rng.uniform(0, 500 - size), int(rng.choice([3, 7, 20]))
-            truth["annotations"].append({"id": len(truth["annotations"]) + 1, "image_id": image, "category_id": category,
-                                         "bbox": [*corner, *size], "area": 0.7 * size.prod(), "iscrowd": int(rng.random() < 0.1)})
+            truth["annotations"].append({
+                "id": len(truth["annotations"]) + 1, "image_id": image, "category_id": category,
+                "bbox": [*corner, *size], "area": 0.7 * size.prod(), "iscrowd": int(rng.random() < 0.1)})
             for _ in range(rng.integers(0, 4)):
                 moved = corner + rng.normal(0, 0.08, 2) * size
                 box = [*moved, *size * rng.uniform(0.85, 1.2, 2)]
@@ -85,9 +98,9 @@ def test_one_perfect_detection_of_one_object_is_100(tmp_path):
 def test_a_better_scored_mistake_halves_ap_and_a_worse_scored_one_costs_nothing(tmp_path):
     """Precision where recall first reaches 1 is 1/2 or 1: the end-to-end detector's problem in one picture."""
     truth, right = ground_truth([(1, 1, (10, 10, 50, 50))]), detection((10, 10, 50, 50), 0.5)
-    for mistake in ((200, 200, 50, 50), (10, 10, 50, 50)):            # somewhere else, or a duplicate
-        assert figures(tmp_path, truth, [right, detection((200, 200, 50, 50), 0.6)])["AP"] == 50
-        assert figures(tmp_path, truth, [right, detection(mistake, 0.4)])["AP"] == 100
+    elsewhere = (200, 200, 50, 50)
+    assert figures(tmp_path, truth, [right, detection(elsewhere, 0.6)])["AP"] == 50
+    assert figures(tmp_path, truth, [right, detection(elsewhere, 0.4)])["AP"] == 100
 
 
 def test_a_duplicate_costs_precision_of_what_is_found_later(tmp_path):
@@ -97,20 +110,21 @@ def test_a_duplicate_costs_precision_of_what_is_found_later(tmp_path):
     assert figures(tmp_path, truth, found)["AP"] == pytest.approx(100 * (51 + 50 * 2 / 3) / 101, abs=1e-3)
 
 
-def test_a_box_of_iou_0_8_counts_up_to_that_threshold(tmp_path):
-    """0.50, 0.55, ... 0.75 are passed surely: 0.80 is taken out of the tie by a box of IoU 0.81."""
+def test_a_box_counts_up_to_the_threshold_its_iou_passes(tmp_path):
+    """IoU 0.81 passes 0.50, 0.55, ... 0.80: seven of the ten thresholds."""
     ours = figures(tmp_path, ground_truth([(1, 1, (0, 0, 100, 100))]), [detection((0, 0, 81, 100), 0.5)])
     assert ours["AP50"] == ours["AP75"] == 100 and ours["AP"] == pytest.approx(70) and ours["AR"] == pytest.approx(70)
 
 
 def test_max_dets_is_honoured_beyond_100(tmp_path):
-    """150 objects and 150 perfect detections in one picture: 100 of them recall 2/3, 67 of the 101 recall points."""
-    boxes = [(20 * (n % 15), 20 * (n // 15), 12, 12) for n in range(150)]
+    """120 objects, 120 perfect detections, one picture: 100 of them recall 5/6, which 84 of 101 recall points reach."""
+    boxes = [(20 * (n % 12), 20 * (n // 12), 12, 12) for n in range(120)]
     truth = ground_truth([(1, 1, box) for box in boxes])
     found = [detection(box, 1 - n / 1000) for n, box in enumerate(boxes)]
-    at_100, at_150 = (figures(tmp_path, truth, found, max_dets) for max_dets in (100, 150))
-    assert at_100["AR"] == pytest.approx(100 * 2 / 3, abs=1e-3) and at_100["AP"] == pytest.approx(100 * 67 / 101, abs=1e-3)
-    assert at_150["AR"] == at_150["AP"] == 100
+    at_100, at_120 = (figures(tmp_path, truth, found, max_dets) for max_dets in (100, 120))
+    assert at_100["AR"] == pytest.approx(100 * 5 / 6, abs=1e-3)
+    assert at_100["AP"] == pytest.approx(100 * 84 / 101, abs=1e-3)
+    assert at_120["AR"] == at_120["AP"] == 100
 
 
 def test_without_detections_ap_is_0_and_without_objects_it_is_minus_1(tmp_path):
@@ -127,7 +141,7 @@ def test_crowd_regions_absorb_any_number_of_detections(tmp_path):
     assert figures(tmp_path, truth, found)["AP"] == 100
 
 
-@pytest.mark.parametrize("ids", [[0, 1], ["a", "b"], [None, None], [2 ** 60, 7]])
+@pytest.mark.parametrize("ids", [[0, 1], ["a", "b"], [None, None], [2, None], [2 ** 60, 7]])
 def test_annotation_ids_are_only_names(tmp_path, ids):
     """Ids from 0, of text, or none at all: what the reader accepts can be evaluated, and counts."""
     truth = ground_truth([(1, 1, (10, 10, 50, 50)), (1, 1, (200, 200, 50, 50))])
@@ -137,9 +151,8 @@ def test_annotation_ids_are_only_names(tmp_path, ids):
 
 
 def test_image_and_category_ids_may_be_text(tmp_path):
-    truth = json.loads(json.dumps(ground_truth([(1, 1, (10, 10, 50, 50))], images=2)).replace('"image_id": 1', '"image_id": "x"')
-                       .replace('"category_id": 1', '"category_id": "car"').replace('{"id": 1, "name"', '{"id": "car", "name"')
-                       .replace('{"id": 1, "file_name"', '{"id": "x", "file_name"').replace('{"id": 2,', '{"id": "y",'))
+    truth = ground_truth([("x", "car", (10, 10, 50, 50))], images=2, category_ids=("car",))
+    truth["images"][0]["id"], truth["images"][1]["id"] = "x", "y"
     assert figures(tmp_path, truth, [detection((10, 10, 50, 50), 0.9, "x", "car")])["AP"] == 100
 
 
@@ -167,7 +180,7 @@ def test_the_summary_line_holds_the_two_columns_and_their_difference():
 # a pass over pictures
 # ------------------------------------------------------------------------------------------------
 
-def test_a_detector_that_knows_the_answers_scores_100_through_resizing_and_batching(tiny_scenes):
+def test_a_detector_that_knows_the_answers_scores_100_through_resizing_and_batching(tiny_scenes, tmp_path):
     """Its boxes come in pixels of the resized pictures, its classes as 0 ... C-1; "nms" here forgets everything."""
     annotations = data.read_coco(tiny_scenes / "val.json", tiny_scenes / "val")
     pictures = data.Pictures(annotations, data.Transform(shortest=(96,)))
@@ -181,43 +194,71 @@ def test_a_detector_that_knows_the_answers_scores_100_through_resizing_and_batch
 
     model.detections = knows
     results = evaluate.detect(model, pictures, batch_size=3, progress=False)
-    found = evaluate.metrics(evaluate.read_ground_truth(tiny_scenes / "val.json"), results)
-    assert found["AP"] == found["AR"] == 100 and found["nms"]["AP"] == 0
-    assert len(results["plain"]) == len(annotations.boxes) and model.training
-    for d in results["plain"]:                                        # within a pixel's hundredth of the file
-        assert any(np.allclose(d["bbox"], a["bbox"], atol=0.02) and d["category_id"] == a["category_id"]
-                   for a in json.loads((tiny_scenes / "val.json").read_text())["annotations"] if a["image_id"] == d["image_id"])
+    truth = json.loads((tiny_scenes / "val.json").read_text())
+    assert figures(tmp_path, truth, results["plain"])["AP"] == 100 and figures(tmp_path, truth, results["nms"])["AP"] == 0
+    assert len(results["plain"]) == len(truth["annotations"]) and model.training
+    for d in results["plain"]:                                        # in pixels of the original, the file's own ids
+        assert any(a["image_id"] == d["image_id"] and a["category_id"] == d["category_id"]
+                   and np.allclose(a["bbox"], d["bbox"], atol=0.02) for a in truth["annotations"])
+
+
+def checkpoint(folder, class_names):
+    """A checkpoint of a small untrained detector with what evaluate.py reads of it; its file."""
+    build = dict(detector="fcos", num_classes=len(class_names), backbone="tiny", width=16, depth=1, extra=0)
+    torch.save({"build": build, "model": models.build(**build).state_dict(), "class_names": class_names, "args": {},
+                "test_transform": {"shortest": [128], "longest": 128}}, folder / "last.pt")
+    return folder / "last.pt"
+
+
+def test_dropped_boxes_are_no_missed_objects_in_evaluation(tiny_scenes, tmp_path, monkeypatch, capsys):
+    """With --drop-bad-boxes a detector that finds every good box scores 100, whatever the file's other boxes are."""
+    record = json.loads((tiny_scenes / "val.json").read_text())
+    annotations = data.read_coco(tiny_scenes / "val.json", tiny_scenes / "val")
+    pictures = data.Pictures(annotations, data.Transform(shortest=(128,)))
+    answers = iter([pictures[key][1] for batch in data.evaluation_batches(annotations, 16) for key in batch])
+    record["annotations"] += [{"id": 1000 + n, "image_id": 1, "category_id": 1, "bbox": box, "iscrowd": 0}
+                              for n, box in enumerate([None, [5, 5, float("nan"), 5], [5, 5, 0, 9], [200, 5, 9, 9]])]
+    (tmp_path / "val.json").write_text(json.dumps(record))
+
+    def knows(self, prediction, n, k):
+        target = next(answers)
+        found = target["boxes"], torch.ones(len(target["boxes"])), target["labels"]
+        return {"plain": found, "nms": found}
+
+    monkeypatch.setattr(models.FCOS, "detections", knows)
+    code, _, err = command(monkeypatch, capsys, "--weights", checkpoint(tmp_path, annotations.class_names),
+                           "--data", "custom", "--val-json", tmp_path / "val.json", "--val-images", tiny_scenes / "val",
+                           "--drop-bad-boxes", "--device", "cpu", "--out", tmp_path / "out")
+    assert code == 0 and "dropped 4 bad box" in err
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["AP"] == 100
+
+
+def test_a_checkpoint_of_other_classes_is_refused(tiny_scenes, tmp_path, monkeypatch, capsys):
+    weights = checkpoint(tmp_path, ["cat", "dog"])
+    code, _, err = command(monkeypatch, capsys, "--weights", weights, "--data", "custom",
+                           "--val-json", tiny_scenes / "val.json", "--val-images", tiny_scenes / "val")
+    assert code == 2 and err.count("\n") == 1 and "['cat', 'dog']" in err and "same classes" in err
 
 
 # ------------------------------------------------------------------------------------------------
 # result files and the command line
 # ------------------------------------------------------------------------------------------------
 
-def command(monkeypatch, capsys, *arguments):
-    """evaluate.py's command line in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    try:
-        evaluate.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
 def test_results_prints_and_writes_the_same_figures(tmp_path):
     truth, found = random_case(0)
     expected = figures(tmp_path, truth, found)
-    done = subprocess.run([sys.executable, ROOT / "evaluate.py", "results", "--gt", tmp_path / "gt.json",
-                           "--dt", tmp_path / "dt.json", "--out", tmp_path / "out.json"], capture_output=True, text=True)
+    files = ["--gt", tmp_path / "gt.json", "--dt", tmp_path / "dt.json", "--out", tmp_path / "out.json"]
+    done = subprocess.run([sys.executable, ROOT / "evaluate.py", "results", *files], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
     assert json.loads((tmp_path / "out.json").read_text()) == expected
-    assert {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()} == pytest.approx(expected, abs=0.005)
+    printed = {name: float(value) for name, value in (line.split() for line in done.stdout.splitlines())}
+    assert printed == pytest.approx(expected, abs=0.005)
 
 
 def test_max_dets_of_the_command_line(tmp_path, monkeypatch, capsys):
     boxes = [(20 * n, 0, 12, 12) for n in range(10)]
-    figures(tmp_path, ground_truth([(1, 1, box) for box in boxes]), [detection(box, 1 - n / 20) for n, box in enumerate(boxes)])
+    found = [detection(box, 1 - n / 20) for n, box in enumerate(boxes)]
+    figures(tmp_path, ground_truth([(1, 1, box) for box in boxes]), found)
     files = ["--gt", tmp_path / "gt.json", "--dt", tmp_path / "dt.json"]
     assert "AR     50.00" in command(monkeypatch, capsys, "results", *files, "--max-dets", 5)[1]
     assert "AR    100.00" in command(monkeypatch, capsys, "results", *files)[1]
@@ -236,11 +277,11 @@ BAD_INPUT = {       # ground truth, result file (None: missing, text: as it is),
     "a ground truth without images": ({**TRUTH, "images": []}, FOUND, "gt.json"),
     "an image that is no object": ({**TRUTH, "images": [3]}, FOUND, "gt.json"),
     "an annotation that is no object": ({**TRUTH, "annotations": [3]}, FOUND, "gt.json"),
-    "an annotation without box": ({**TRUTH, "annotations": [{"id": 1, "image_id": 1, "category_id": 1}]}, FOUND, "gt.json"),
+    "an annotation without box": ({**TRUTH, "annotations": [{"image_id": 1, "category_id": 1}]}, FOUND, "gt.json"),
     "an unlisted image": (TRUTH, FOUND + [detection((1, 1, 5, 5), 0.5, image=99)], "number 1 is of image 99"),
     "an image id that is no id": (TRUTH, [detection((1, 1, 5, 5), 0.5, image=[1])], "number 0"),
     "a detection that is no object": (TRUTH, [3], "number 0"),
-    "a detection without score": (TRUTH, FOUND + [{k: FOUND[0][k] for k in ("image_id", "category_id", "bbox")}], "number 1"),
+    "a detection without score": (TRUTH, FOUND + [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}], "number 1"),
     "a score that is no number": (TRUTH, [detection((1, 1, 5, 5), "high")], "number 0"),
     "a score that is NaN": (TRUTH, [detection((1, 1, 5, 5), float("nan"))], "number 0"),
     "a score beyond floats": (TRUTH, [detection((1, 1, 5, 5), 10 ** 400)], "number 0"),
@@ -363,7 +404,8 @@ def test_candidates_are_cut_per_level_then_put_in_order():
 
 def test_candidates_that_are_not_accepted_are_never_reported():
     scores = torch.tensor([[0.04, 0.9], [0.05, 0.06]])
-    prediction = models.Prediction(scores[None], torch.tensor([[[0, 0, 9, 9], [50, 0, 59, 9]]]).float(), levels=torch.tensor([0, 0]))
+    boxes = torch.tensor([[0, 0, 9, 9], [50, 0, 59, 9]]).float()
+    prediction = models.Prediction(scores[None], boxes[None], levels=torch.zeros(2))
     found = models.candidate_detections(prediction, scores, 0, k=10, nms=0.5, accept=scores > 0.05)
     for variant in ("plain", "nms"):
         assert found[variant][1].tolist() == pytest.approx([0.9, 0.06]) and found[variant][2].tolist() == [1, 1]
@@ -395,9 +437,9 @@ def test_centernets_nms_keeps_the_local_maxima_of_each_class(seed):
 
 def test_detections_go_back_to_the_original_picture_clipped_and_without_empty_boxes():
     """From 200 high and 400 wide to 100 x 100: x a quarter, y a half."""
-    boxes = torch.tensor([[40, 20, 80, 60], [-40, -20, 440, 220], [410, 0, 450, 50], [8, 8, 8, 20], [0, 150, 100, 200]]).float()
+    boxes = torch.tensor([[40, 20, 80, 60], [-40, -20, 440, 220], [410, 0, 450, 50], [8, 8, 8, 20], [0, 150, 100, 200]])
     target = {"size": torch.tensor([200, 400]), "original_size": torch.tensor([100, 100])}
-    found = models.to_original((boxes, torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.tensor([0, 1, 2, 3, 4])), target)
+    found = models.to_original((boxes.float(), torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.arange(5)), target)
     assert found[0].tolist() == [[10, 10, 20, 30], [0, 0, 100, 100], [0, 75, 25, 100]]
     assert found[1].tolist() == pytest.approx([0.9, 0.8, 0.5]) and found[2].tolist() == [0, 1, 4]
 

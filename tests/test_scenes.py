@@ -176,7 +176,7 @@ def test_a_write_killed_while_it_wrote_complete_json_is_repeated(tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 def run(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "scenes.py"), *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, ROOT / "scenes.py", *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_show_writes_a_sheet_that_opens(tmp_path):
