@@ -17,7 +17,7 @@ pixels of the resized picture.  A picture without objects is an ordinary picture
 """
 import argparse
 import json
-import math
+import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -81,7 +81,7 @@ def read_json(file):
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30      # excludes NaN too
 
 
 def is_id(value):
@@ -127,6 +127,8 @@ def parse_coco(json_file, image_dir):
         category_ids = sorted(names)
     except TypeError:
         raise DataError(f"{json_file}: category ids mix numbers and text; use whole numbers") from None
+    if len({type(image.get("id")) for image in record["images"] if isinstance(image, dict) and is_id(image.get("id"))}) > 1:
+        raise DataError(f"{json_file}: image ids mix numbers and text; use whole numbers")
     label_of = {category: label for label, category in enumerate(category_ids)}
 
     images = {}                                              # image id -> (file name, height, width)
@@ -142,11 +144,11 @@ def parse_coco(json_file, image_dir):
         elif not isinstance(name, str) or not name or escapes(name):
             fault("bad file name", f"image {i}: file_name {name!r} is missing or leaves the image folder; "
                                    f"give a path below --images")
-        elif not all(is_number(image.get(k)) and image[k] >= 1 for k in ("height", "width")):
+        elif not all(is_number(image.get(k)) and 1 <= image[k] < 2 ** 31 for k in ("height", "width")):
             fault("bad image size", f"image {i} ({name}): height and width must be numbers of at least 1")
         else:
             images[i] = (name, int(image["height"]), int(image["width"]))
-            if not (Path(image_dir) / name).is_file():
+            if not os.path.isfile(Path(image_dir) / name):
                 fault("missing picture", f"image {i}: the picture {Path(image_dir) / name} does not exist")
 
     of_image = {i: [] for i in images}                       # image id -> rows (box, label, crowd)
@@ -257,13 +259,15 @@ def resized_size(height, width, shortest, longest, round_down=False):
     short, long = min(height, width), max(height, width)
     if round_down:
         if long / short * shortest > longest:
-            shortest = int(round(longest * short / long))
+            shortest = max(1, int(round(longest * short / long)))
         other = int(shortest * long / short)
         return (shortest, other) if height <= width else (other, shortest)
     scale = shortest / short
-    if scale * long > longest:
-        scale = longest / long
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    new = [shortest, scale * width] if height < width else [scale * height, shortest]
+    if max(new) > longest:                   # in two steps, as published: it decides where a side falls on a half
+        scale = longest / max(new)
+        new = [side * scale for side in new]
+    return max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))
 
 
 def resize(picture, boxes, shortest, longest, round_down=False):
@@ -493,9 +497,13 @@ def voc2coco(folder, out):
     splits = sorted((folder / "ImageSets" / "Main").glob("*.txt"))
     if not splits:
         raise DataError(f"{folder}: not a Pascal VOC folder: ImageSets/Main/*.txt is missing")
+    # a line is a name; in the lists of one class that VOC ships beside them (dog_train.txt) also 1, 0 or -1: left out
+    lines = {split: [line.split() for line in split.read_text().splitlines() if line.strip()] for split in splits}
+    splits = [split for split in splits if all(len(words) == 1 for words in lines[split])]
+    names = {split: [words[0] for words in lines[split]] for split in splits}
     content, classes = {}, set()
     for split in splits:
-        for name in split.read_text().split():
+        for name in names[split]:
             if name in content:
                 continue
             xml = folder / "Annotations" / f"{name}.xml"
@@ -509,13 +517,15 @@ def voc2coco(folder, out):
             except (OSError, ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
                 raise DataError(f"{xml}: not a readable VOC annotation ({error}); image {name} "
                                 f"of {split.name}") from None
+            if any(o[0] is None for o in objects):
+                raise DataError(f"{xml}: an object has no name; image {name} of {split.name}")
             classes.update(o[0] for o in objects)
     classes = sorted(classes)
     written = []
     out.mkdir(parents=True, exist_ok=True)
     for split in splits:
         images, annotations = [], []
-        for name in split.read_text().split():
+        for name in names[split]:
             file_name, size, objects = content[name]
             images.append({"id": len(images) + 1, "file_name": file_name, **size})
             for kind, x1, y1, x2, y2, difficult in objects:

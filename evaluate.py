@@ -74,9 +74,10 @@ def ground_truth(annotations):
     record = data.read_json(annotations.json_file)
     boxes = [record["annotations"][row] for row in sorted(annotations.rows.tolist())]
     for n, box in enumerate(boxes):
-        box.setdefault("id", n + 1)
-        box.setdefault("iscrowd", 0)
-        box.setdefault("area", box["bbox"][2] * box["bbox"][3])
+        box["id"] = n + 1                    # pycocotools takes an object with id 0 for an unmatched one
+        box["iscrowd"] = int(bool(box.get("iscrowd", 0)))
+        if not data.is_number(box.get("area")):
+            box["area"] = box["bbox"][2] * box["bbox"][3]
     return coco_object(record["images"], record["categories"], boxes)
 
 
@@ -138,7 +139,8 @@ def read_results(file):
     if not isinstance(found, list):
         raise data.DataError(f"{file}: not a COCO result file: it must be a list of detections")
     for n, d in enumerate(found):
-        if not (isinstance(d, dict) and "image_id" in d and "category_id" in d and data.is_number(d.get("score"))
+        if not (isinstance(d, dict) and data.is_id(d.get("image_id")) and data.is_id(d.get("category_id"))
+                and data.is_number(d.get("score"))
                 and isinstance(d.get("bbox"), list) and len(d["bbox"]) == 4 and all(map(data.is_number, d["bbox"]))):
             raise data.DataError(f"{file}: detection number {n} lacks a valid image_id, category_id, bbox "
                                  f"(four finite numbers) or score: {str(d)[:120]}")
@@ -156,6 +158,9 @@ def score_file(gt_file, dt_file, max_dets):
         if d["image_id"] not in listed:
             raise data.DataError(f"{dt_file}: detection number {n} is of image {d['image_id']!r}, which {gt_file} "
                                  f"does not list")
+        if d["category_id"] not in annotations.category_ids:
+            raise data.DataError(f"{dt_file}: detection number {n} is of category {d['category_id']!r}, which {gt_file} "
+                                 f"does not list; give the file's own category ids, not class indices")
     return coco_metrics(ground_truth(annotations), found, max_dets)
 
 
@@ -182,7 +187,7 @@ def main():
     g.add_argument("--max-dets", type=int, metavar="N", help="detections per image (default: the checkpoint's, 100)")
     g.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at a time; changes speed only")
     g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    g.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 runs the network in bfloat16")
+    g.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 runs the network in bfloat16 (default: as it was trained)")
     g.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read pictures")
     g.add_argument("--out", metavar="DIR", help="write metrics.json, detections.json and detections_nms.json here")
     args = parser.parse_args()
@@ -208,7 +213,8 @@ def main():
                                  f"knows {checkpoint['class_names']}; evaluate on data with the same classes")
         max_dets = args.max_dets or checkpoint["args"].get("max_dets", 100)
         pictures = data.Pictures(annotations, data.Transform(**checkpoint["test_transform"]))
-        results = detect(model.to(device), pictures, args.batch_size, max_dets, device, args.precision, args.workers)
+        results = detect(model.to(device), pictures, args.batch_size, max_dets, device,
+                         args.precision or checkpoint["args"].get("precision", "fp32"), args.workers)
         figures = metrics(ground_truth(annotations), results, max_dets, annotations.image_ids)
         print(describe(figures))
         if args.out:

@@ -14,6 +14,7 @@ Images come in as uint8 RGB, padded at the right and at the bottom, with a mask 
 """
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -188,7 +189,7 @@ class Upsample(nn.Module):
 
 
 class DeconvNeck(nn.Module):
-    """CenterNet's neck: from the coarsest map up to stride 4, step by step.
+    """CenterNet's neck: from the coarsest map up, one step per width; three end at stride 4.
 
     The one-to-one form adds a 1x1 lateral of each finer map after the step's ReLU and ends in a 3x3
     convolution; the original form does neither.
@@ -197,12 +198,11 @@ class DeconvNeck(nn.Module):
     def __init__(self, backbone, widths=(256, 128, 64), deform=True, laterals=True):
         super().__init__()
         channels = backbone.channels[::-1]                            # coarse to fine
-        widths = widths[-(len(channels) - 1):]
         self.steps = nn.ModuleList(Upsample(cin, cout, deform)
                                    for cin, cout in zip((channels[0], *widths), widths))
         self.lateral = nn.ModuleList(nn.Conv2d(c, w, 1) for c, w in zip(channels[1:], widths)) if laterals else None
         self.output = nn.Conv2d(widths[-1], widths[-1], 3, padding=1) if laterals else nn.Identity()
-        self.width = widths[-1]
+        self.width, self.stride = widths[-1], backbone.strides[-1] // 2 ** len(widths)
 
     def forward(self, features):
         x = features[-1]
@@ -210,7 +210,7 @@ class DeconvNeck(nn.Module):
             x = step(x)
             if self.lateral is not None:
                 x = x + self.lateral[n](features[-2 - n])
-        return self.output(x)                                         # (B, width, H/4, W/4)
+        return self.output(x)                                         # (B, width, H/stride, W/stride)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -445,19 +445,18 @@ class FCOS(Detector):
 
 
 class CenterNet(Detector):
-    """Zhou et al., 2019: one map at stride 4; an object is a point.
+    """Zhou et al., 2019: one map, at stride 4 with the published three steps up; an object is a point.
 
     The original predicts a heat map, the size and the offset of the centre within its cell; OneNet's predicts
     a class score and the distances to the four sides, in pixels, from one shared trunk.
     """
     candidates = "points"
-    STRIDE = 4
 
     def __init__(self, backbone, num_classes, original=False, widths=(256, 128, 64), deform=True, box_prior=0.0):
         super().__init__(backbone)
-        self.original, self.strides = original, (self.STRIDE,)
+        self.original = original
         self.neck = DeconvNeck(backbone, widths, deform, laterals=not original)
-        width = self.neck.width
+        width, self.strides = self.neck.width, (self.neck.stride,)
         if original:
             self.score, self.size, self.offset = (
                 nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, channels, 1))
@@ -474,19 +473,20 @@ class CenterNet(Detector):
 
     def forward(self, images, mask):
         x = self.neck(self.features(images, mask))                            # (B, 64, H, W)
-        corner, raw = grid_points(x, self.STRIDE, 0), {}                      # (HW, 2)
+        (stride,) = self.strides
+        corner, raw = grid_points(x, stride, 0), {}                      # (HW, 2)
         if self.original:
             logits = self.score(x).float().flatten(2).mT                      # (B, HW, C)
             size, offset = (part(x).float().flatten(2).mT for part in (self.size, self.offset))   # (B, HW, 2) cells
-            centre = corner + self.STRIDE * offset
-            boxes = torch.cat([centre - self.STRIDE / 2 * size, centre + self.STRIDE / 2 * size], -1)
-            raw = {"size": size, "offset": offset, "grid": x.shape[-2:], "stride": self.STRIDE}
+            centre = corner + stride * offset
+            boxes = torch.cat([centre - stride / 2 * size, centre + stride / 2 * size], -1)
+            raw = {"size": size, "offset": offset, "grid": x.shape[-2:], "stride": stride}
         else:
             x = F.relu(self.trunk(x))
             logits = self.score(x).float().flatten(2).mT                      # (B, HW, C)
             ltrb = F.relu(self.ltrb(x).float()).flatten(2).mT                 # (B, HW, 4) pixels of the image
-            boxes = ltrb_to_xyxy(corner + self.STRIDE // 2, ltrb)
-        points = (corner + self.STRIDE // 2).repeat(1, 2)
+            boxes = ltrb_to_xyxy(corner + stride // 2, ltrb)
+        points = (corner + stride // 2).repeat(1, 2)
         return Prediction(logits, boxes, points, torch.zeros(len(points), dtype=torch.long, device=x.device), raw=raw)
 
     def detections(self, prediction, n, k=100):
@@ -512,6 +512,15 @@ def build(detector, num_classes, backbone, original=False, norm="frozen", freeze
     body = Tiny() if backbone == "tiny" else ResNet(backbone, norm, freeze)
     model = DETECTORS[detector](body, num_classes, original=original, **options)
     return model.to(memory_format=torch.channels_last)
+
+
+def native_precision(device):
+    """"bf16" where the device computes in bfloat16 natively, so that it is faster there, else "fp32"."""
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    cpuinfo = Path("/proc/cpuinfo")          # the only public place to ask: Linux
+    native = cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
+    return "bf16" if native and torch.device(device).type == "cpu" else "fp32"
 
 
 # ------------------------------------------------------------------------------------------------

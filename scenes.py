@@ -6,7 +6,7 @@ its legs.  So a creature here is a body (one of six kinds) with one or two joint
 holds body and limbs, and the centre of the box often lies on background.  Such a candidate looks
 like its neighbours, a detector told to single it out cannot, and duplicates follow.
 
-    python scenes.py --out data/scenes              draw 4,000 + 500 pictures (the default data set)
+    python scenes.py --out data/scenes              draw 8,000 + 500 pictures (the default data set)
     python scenes.py --show sheet.png               look at them first
 
 Everything is a function of (seed, split, index): the same seed gives the same bytes, whatever the
@@ -21,9 +21,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 KINDS = ("disk", "ring", "triangle", "star", "crescent", "hook")
-VERSION = 1                     # raise it when the pictures change: old ones are then drawn anew
+VERSION = 2                     # raise it when the pictures change: old ones are then drawn anew
 SIZE = 128                      # pixels, height and width of a picture
-COUNTS = {"train": 4000, "val": 500}
+COUNTS = {"train": 8000, "val": 500}
 SUPERSAMPLE = 3                 # silhouettes are drawn this much larger, then averaged: smooth edges
 MAX_OBJECTS = 6
 MAX_IOU = 0.2                   # two boxes overlap less than this, so that NMS at 0.5 costs no recall
@@ -184,8 +184,10 @@ def write(out, seed=0, counts=COUNTS):
     out = Path(out)
     marker = out / "complete.json"
     recipe = {"seed": seed, "counts": dict(counts), "version": VERSION}
-    if marker.exists() and json.loads(marker.read_text()) == recipe:
+    if marker.exists() and marker.read_text() == json.dumps(recipe):
         return out
+    marker.unlink(missing_ok=True)
+    print(f"drawing {sum(counts.values()):,} pictures into {out} (once)", flush=True)
     for split, count in counts.items():
         (out / split).mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
@@ -241,7 +243,7 @@ def main():
             print(f"wrote {args.show}")
         else:
             print(f"wrote {write(args.out, args.seed)}")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"scenes.py: cannot write: {error}", file=sys.stderr)
         sys.exit(2)
 

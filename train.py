@@ -68,7 +68,8 @@ EVERYWHERE = {"assign": "hungarian", "location_cost": "predicted", "class_cost":
               "precision": "fp32", "eval_every": 0, "log_every": 20, "checkpoint_every": 500, "momentum": 0.9,
               "weight_decay": 1e-4, "backbone_lr_factor": 1.0, "clip_grad": 0.0, "flip": 0.5, "crop": 0.0,
               "max_dets": 100, "warmup_steps": 0, "warmup_factor": 0.01, "milestones": [], "backbone_weights": "none",
-              "deform": False, "drop_bad_boxes": False, "box_prior": 0.0, "tower_norm": False}
+              "deform": False, "drop_bad_boxes": False, "box_prior": 0.0, "tower_norm": False,
+              "neck_widths": [256, 128, 64]}
 
 # 3.5, 4.6 and 5.2 of the published configurations: OneNet's code, "3x"
 ONENET = {"steps": 270_000, "batch_size": 16, "optimizer": "adamw", "lr": 4e-5, "schedule": "step", "milestones": [210_000, 250_000],
@@ -81,20 +82,20 @@ ORIGINAL = {"steps": 90_000, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "
 RECIPES = {
     # chosen as a demonstration for two CPU cores; all rows of a detector share everything but the row's flags
     "scenes": {
-        "": {"backbone": "tiny", "width": 64, "depth": 2, "extra_levels": 0, "steps": 4500, "batch_size": 16,
+        "": {"backbone": "tiny", "width": 64, "depth": 3, "extra_levels": 0, "steps": 4500, "batch_size": 16,
              "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [128],
-             "train_longest": 128, "test_size": 128, "test_longest": 128, "workers": 0},
+             "train_longest": 128, "test_size": 128, "test_longest": 128, "workers": 0, "precision": "auto"},
         "fcos": {"box_prior": 3.0},
         "retinanet": {"tower_norm": True, "steps": 3600},
-        "centernet": {"box_prior": 12.0, "steps": 3200},
+        "centernet": {"box_prior": 12.0, "neck_widths": [128, 64], "steps": 5000},
     },
     # for a few hundred photographs on the same machine; a GPU wants --backbone resnet50 --backbone-weights imagenet
     "custom": {
         "": {"backbone": "tiny", "width": 64, "depth": 2, "extra_levels": 0, "steps": 2000, "batch_size": 8,
              "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [256],
-             "train_longest": 448, "test_size": 256, "test_longest": 448, "workers": 0},
+             "train_longest": 448, "test_size": 256, "test_longest": 448, "workers": 0, "precision": "auto"},
         "fcos": {"box_prior": 3.0}, "retinanet": {"tower_norm": True},
-        "centernet": {"box_prior": 12.0},
+        "centernet": {"box_prior": 12.0, "neck_widths": [128, 64]},
     },
     "coco": {
         "": {"backbone": "resnet50", "width": 256, "depth": 4, "extra_levels": 2, "workers": 4, "test_size": 800, "test_longest": 1333,
@@ -123,6 +124,8 @@ def make_parser():
     g.add_argument("--width", type=int, metavar="N", help="channels of pyramid and towers (RetinaNet, FCOS)")
     g.add_argument("--depth", type=int, metavar="N", help="convolutions in a tower (RetinaNet, FCOS)")
     g.add_argument("--extra-levels", type=int, metavar="N", help="pyramid levels above the backbone's last map (2 gives P6 and P7)")
+    g.add_argument("--neck-widths", type=int, nargs="+", metavar="N", help="channels of CenterNet's steps up from stride 32: three "
+                   "(published: 256 128 64) end at stride 4, two (scenes: 128 64) at stride 8")
     g.add_argument("--deform", action=argparse.BooleanOptionalAction, default=None, help="deformable convolutions in CenterNet's neck")
     g.add_argument("--tower-norm", action=argparse.BooleanOptionalAction, default=None, help="group norm in RetinaNet's towers (scenes: yes; published: no)")
     g.add_argument("--box-prior", type=float, metavar="D", help="distance from point to box side before training: FCOS in strides (scenes: 3), CenterNet "
@@ -144,17 +147,17 @@ def make_parser():
     g.add_argument("--crop", type=float, metavar="P", help="probability of DETR's resize-crop-resize (coco: 0.5)")
     g.add_argument("--workers", type=int, metavar="N", help="processes that read pictures, per training process (coco: 4, else 0)")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
-    g.add_argument("--batch-size", type=int, metavar="N", help="images per step, over all processes and micro-batches")
+    g.add_argument("--steps", type=int, metavar="N", help="optimiser steps (scenes: 4500 FCOS, 3600 RetinaNet, 3200 CenterNet)")
+    g.add_argument("--batch-size", type=int, metavar="N", help="images per step, over all processes and micro-batches (scenes, coco: 16)")
     g.add_argument("--accumulate", type=int, metavar="N", help="micro-batches per step (default 1): less memory, the same step")
-    g.add_argument("--optimizer", choices=("adamw", "sgd"))
-    g.add_argument("--lr", type=float, help="peak learning rate")
+    g.add_argument("--optimizer", choices=("adamw", "sgd"), help="default adamw; the published one-to-many recipes use sgd")
+    g.add_argument("--lr", type=float, help="peak learning rate (scenes: 1e-3; coco: as published)")
     g.add_argument("--backbone-lr-factor", type=float, metavar="F", help="the backbone's learning rate is this times --lr (default 1)")
     g.add_argument("--weight-decay", type=float, metavar="W", help="default 1e-4; SGD spares norm layers, as published")
     g.add_argument("--momentum", type=float, help="of SGD (default 0.9)")
     g.add_argument("--schedule", choices=("step", "one-cycle"), help="step: linear warm-up, then a tenth at each milestone; "
                    "one-cycle: up over the first tenth, then down a cosine")
-    g.add_argument("--warmup-steps", type=int, metavar="N")
+    g.add_argument("--warmup-steps", type=int, metavar="N", help="steps until the learning rate is reached (step schedule; coco: 1000)")
     g.add_argument("--warmup-factor", type=float, metavar="F", help="of the learning rate at step 0 (step schedule)")
     g.add_argument("--milestones", type=int, nargs="*", metavar="N", help="steps at which the learning rate falls to a tenth")
     g.add_argument("--clip-grad", type=float, metavar="NORM", help="largest norm of the whole gradient; 0: no clipping")
@@ -164,7 +167,8 @@ def make_parser():
     g.add_argument("--init", metavar="FILE", help="start from these weights only; what did not fit is listed")
     g.add_argument("--seed", type=int, help="of weights, order and augmentation (default 0)")
     g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    g.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 runs the network in bfloat16; costs and losses stay float32")
+    g.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="bf16 runs the network in bfloat16, costs and losses stay float32; auto: bf16 "
+                   "where the device computes in it natively (scenes, custom: auto; coco: fp32, as published)")
     g.add_argument("--eval-every", type=int, metavar="N", help="evaluate every N steps, and always at the end (default 0: only then)")
     g.add_argument("--max-dets", type=int, metavar="N", help="detections per image in evaluation (default 100)")
     g.add_argument("--log-every", type=int, metavar="N", help="steps between rows of log.csv (default 20)")
@@ -253,8 +257,7 @@ def build_arguments(flags, num_classes):
         build["box_prior"] = flags["box_prior"]
     if flags["detector"] == "centernet":
         build["deform"] = flags["deform"]
-        if flags["backbone"] == "tiny":
-            build["widths"] = (2 * flags["width"], flags["width"], flags["width"])
+        build["widths"] = tuple(flags["neck_widths"])
     else:
         build.update(width=flags["width"], depth=flags["depth"], extra=flags["extra_levels"])
     return build
@@ -467,7 +470,7 @@ def train(flags, checkpoint, rank, world, device):
     if checkpoint:                                                   # last, so that nothing above disturbs them
         set_random_states(checkpoint["random"][rank % len(checkpoint["random"])], device)
     interrupted = []                                                 # filled by a signal; every process must see it at the same step
-    result, waited, pending, since = None, 0.0, None, time.perf_counter()
+    result, waited, pending, stop, since = None, 0.0, None, False, time.perf_counter()
 
     def read(pending):
         """The losses of a step on the host.  Raises TrainingStopped if they are not finite."""
@@ -508,8 +511,8 @@ def train(flags, checkpoint, rank, world, device):
                         if pending:
                             read(pending)                            # the NaN may stem from the last step: it tells more
                         raise TrainingStopped(f"step {step}: {error}") from error
-                    # matching has just waited for the device, so the last step's losses are there for nothing
-                    stop = bool(pending) and n == 0 and read(pending)["interrupted"] > 0 or n > 0 and stop
+                    if n == 0 and pending:                           # matching has just waited for the device: reading costs nothing
+                        stop = read(pending)["interrupted"] > 0
                     if model.original:                               # normalised per micro-batch: take their mean
                         terms = {k: v / len(micro_batches) for k, v in terms.items()}
                     sum(terms.values()).backward()
@@ -542,7 +545,7 @@ def train(flags, checkpoint, rank, world, device):
                 read(pending)
                 save(done)
                 if stop:
-                    raise KeyboardInterrupt
+                    raise Interrupted(f"interrupted; step {done} is saved: go on with  python train.py --resume --out {out}")
             if (flags["eval_every"] and done % flags["eval_every"] == 0) or done == flags["steps"]:
                 result = score(done)
                 if main_process:
@@ -551,8 +554,6 @@ def train(flags, checkpoint, rank, world, device):
                 since = time.perf_counter()
         if first_step == flags["steps"]:                             # a finished run was resumed: score it again
             result = score(first_step)
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; step {done} is saved: go on with  python train.py --resume --out {out}") from None
     finally:
         for s, handler in old_handlers.items():
             signal.signal(s, handler)
@@ -581,6 +582,8 @@ def main(argv=None):
             dist.init_process_group("nccl" if "cuda" in device else "gloo")
         if "cuda" in device:
             torch.cuda.set_device(device)
+        if flags["precision"] == "auto":
+            flags["precision"] = models.native_precision(device)
         check_flags(flags, world)
         make_strategy(flags)                                         # a wrong name is told before anything is written
         if not flags["resume"]:
@@ -591,8 +594,9 @@ def main(argv=None):
             if (Path(flags["out"]) / "last.pt").exists():
                 raise UsageError(f"--out {flags['out']} holds a run already; add --resume to go on with it, or choose another folder")
         result = train(flags, checkpoint, rank, world, device)
-    except Interrupted as message:
-        print(f"train.py: {message}" if rank == 0 else "", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt) as message:
+        if rank == 0:
+            print(f"train.py: {message or 'interrupted before the first step'}", file=sys.stderr)
         sys.exit(130)
     except (UsageError, TrainingStopped, data.DataError, assign.AssignError, models.CheckpointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)

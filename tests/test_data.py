@@ -93,11 +93,14 @@ def test_a_picture_without_annotations_is_an_ordinary_picture(folder):
 def test_ids_may_be_text(folder):
     content = valid()
     content["images"][0]["id"] = content["annotations"][1]["image_id"] = "first"
+    with pytest.raises(DataError, match="mix"):
+        data.read_coco(*save(folder, content))
+    content["images"][1]["id"] = content["annotations"][0]["image_id"] = content["annotations"][2]["image_id"] = "5"
     content["categories"] = [{"id": "zebra", "name": "Zebra"}, {"id": "ant", "name": "Ant"}]
     for annotation, category in zip(content["annotations"], ["zebra", "ant", "ant"]):
         annotation["category_id"] = category
     a = data.read_coco(*save(folder, content))
-    assert a.image_ids == ["first", 5] and a.category_ids == ["ant", "zebra"] and a.class_names == ["Ant", "Zebra"]
+    assert a.image_ids == ["first", "5"] and a.category_ids == ["ant", "zebra"] and a.class_names == ["Ant", "Zebra"]
     assert a.labels.tolist() == [0, 1, 0]
 
 
@@ -375,8 +378,8 @@ def test_a_picture_of_another_size_than_the_json_says_is_refused_when_it_is_load
     ((100, 400), (800, 1333), (333, 1333), (333, 1332)),              # too long: 333.25; DETR's longer side: 333 x 4
     ((400, 100), (800, 1333), (1333, 333), (1332, 333)),
     ((375, 500), (512, 853), (512, 683), (512, 682)),                 # CenterNet's, 682.67
-    ((128, 128), (128, 128), (128, 128), (128, 128)),
-    ((1, 3000), (800, 1333), (1, 1333), (1, 1333))])                  # never zero pixels
+    ((60, 208), (800, 1333), (385, 1333), (385, 1334)),               # too long: 384.52; DETR exceeds its own limit
+    ((128, 128), (128, 128), (128, 128), (128, 128))])
 def test_resized_sizes_from_a_table(size, limits, detectron2, detr):
     assert data.resized_size(*size, *limits) == detectron2
     assert data.resized_size(*size, *limits, round_down=True) == detr
@@ -409,9 +412,9 @@ def test_detrs_shorter_side_is_limited_by_rounding_and_its_longer_side_rounds_do
 @settings(max_examples=100)
 @given(st.integers(1, 5000), st.integers(1, 5000), LIMITS, st.booleans())
 @example(1, 5000, (800, 1333), True)
-def test_no_side_shrinks_to_nothing_and_none_exceeds_the_longest(height, width, limits, round_down):
+def test_no_side_shrinks_to_nothing_and_detectron2s_stay_within_the_longest(height, width, limits, round_down):
     size = data.resized_size(height, width, *limits, round_down)
-    assert min(size) >= 1 and max(size) <= limits[1]
+    assert min(size) >= 1 and (round_down or max(size) <= limits[1])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -743,18 +746,6 @@ def test_the_check_counts_pictures_boxes_and_classes(folder):
     assert "  car: 1\n  toothbrush: 1\n0 fault(s)\n" in out.getvalue()
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, arguments)], capture_output=True, text=True)
-
-
-def test_check_exits_with_0_without_and_with_1_with_faults(folder):
-    json_file, images = save(folder, valid())
-    assert run("check", "--json", json_file, "--images", images).returncode == 0
-    (json_file, images), expected = one_of_each_fault(folder)
-    done = run("check", "--json", json_file, "--images", images)
-    assert done.returncode == 1 and f"{len(expected)} fault(s)" in done.stdout and not done.stderr
-
-
 def command(monkeypatch, capsys, *arguments):
     """data.py's command line in this process: (exit code, standard error)."""
     monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
@@ -764,6 +755,18 @@ def command(monkeypatch, capsys, *arguments):
     except SystemExit as stop:
         code = stop.code
     return code, capsys.readouterr().err
+
+
+def test_check_exits_with_0_without_faults(folder, monkeypatch, capsys):
+    json_file, images = save(folder, valid())
+    assert command(monkeypatch, capsys, "check", "--json", json_file, "--images", images) == (0, "")
+
+
+def test_check_exits_with_1_with_faults(folder):
+    (json_file, images), expected = one_of_each_fault(folder)
+    done = subprocess.run([sys.executable, ROOT / "data.py", "check", "--json", json_file, "--images", images],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and f"{len(expected)} fault(s)" in done.stdout and not done.stderr
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"images": [], "annotations": [], "categories": []}', "\udcff", None])

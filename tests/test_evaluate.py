@@ -195,7 +195,8 @@ def test_a_detector_that_knows_the_answers_scores_100_through_resizing_and_batch
     model.detections = knows
     results = evaluate.detect(model, pictures, batch_size=3, progress=False)
     truth = json.loads((tiny_scenes / "val.json").read_text())
-    assert figures(tmp_path, truth, results["plain"])["AP"] == 100 and figures(tmp_path, truth, results["nms"])["AP"] == 0
+    assert figures(tmp_path, truth, results["plain"])["AP"] == 100
+    assert figures(tmp_path, truth, results["nms"])["AP"] == 0
     assert len(results["plain"]) == len(truth["annotations"]) and model.training
     for d in results["plain"]:                                        # in pixels of the original, the file's own ids
         assert any(a["image_id"] == d["image_id"] and a["category_id"] == d["category_id"]

@@ -23,13 +23,14 @@ import models
 from models import CheckpointError, Prediction
 
 every_detector = pytest.mark.parametrize("detector", models.DETECTORS)
+STRIDES = (8, 16, 32, 64, 128)              # of FCOS and RetinaNet: P3 to P7
 every_form = pytest.mark.parametrize("original", [False, True], ids=["one-to-one", "original"])
 
 
 def small(detector, original=False, backbone="tiny", num_classes=3, **options):
     """An untrained detector that is quick to run."""
     torch.manual_seed(0)
-    slim = {"widths": (16, 16)} if detector == "centernet" else {"width": 32, "depth": 1}
+    slim = {"widths": (16, 16, 16)} if detector == "centernet" else {"width": 32, "depth": 1}
     return models.build(detector, num_classes, backbone, original=original, **slim, **options).eval()
 
 
@@ -66,7 +67,7 @@ def test_retinanet_anchors_agree_with_a_slow_loop():
     """On every level of the prediction, in the order of the scores."""
     model = small("retinanet")
     prediction = run(model)
-    assert model.strides == (4, 8, 16, 32, 64)
+    assert model.strides == STRIDES
     for level, s in enumerate(model.strides):
         torch.testing.assert_close(prediction.candidates[prediction.levels == level],
                                    slow_anchors(math.ceil(64 / s), math.ceil(96 / s), s), atol=1e-3, rtol=1e-5)
@@ -80,7 +81,7 @@ def test_the_first_anchors_of_p3():
     assert (first[:, 2:] + first[:, :2] == 0).all()
 
 
-@pytest.mark.parametrize("detector, strides", [("fcos", (4, 8, 16, 32, 64)), ("centernet", (4,))])
+@pytest.mark.parametrize("detector, strides", [("fcos", STRIDES), ("centernet", (4,))])
 @every_form
 def test_points_are_the_middles_of_cells(detector, original, strides):
     """(stride j + stride / 2, stride i + stride / 2), rows outer; as boxes without extent."""
@@ -132,6 +133,34 @@ def test_retinanet_channels_are_anchor_then_class():
     torch.testing.assert_close(prediction.boxes, expected.expand(2, -1, -1))
 
 
+def number_the_cells(conv, inputs, output):
+    """A forward hook: answers n / 100 in the map's n-th cell, rows outer."""
+    H, W = output.shape[-2:]
+    return (torch.arange(H * W) / 100).view(H, W).expand_as(output)
+
+
+@every_detector
+@every_form
+def test_all_outputs_are_in_the_order_of_the_candidates(detector, original):
+    """Row by row within a level, anchors innermost: the scores, and everything that makes the boxes."""
+    model = small(detector, original)
+    for name in ("score", "delta", "ltrb", "centreness", "size", "offset"):
+        if getattr(model, name, None):
+            getattr(model, name).register_forward_hook(number_the_cells)
+    prediction = run(model)
+    cell = torch.cat([(torch.arange(math.ceil(64 / s) * math.ceil(96 / s)) / 100).repeat_interleave(
+        9 if detector == "retinanet" else 1) for s in model.strides])                        # (Q,)
+    assert (prediction.logits == cell[:, None]).all()
+    for key in {"deltas", "centreness", "size", "offset"} & prediction.raw.keys():
+        assert (prediction.raw[key].view(2, len(cell), -1) == cell[:, None]).all()
+    if detector == "retinanet":
+        expected = BoxCoder((1, 1, 1, 1)).decode_single(cell[:, None].repeat(1, 4), prediction.candidates)
+        torch.testing.assert_close(prediction.boxes[0], expected)
+    elif not (detector == "centernet" and original):
+        unit = torch.tensor(model.strides)[prediction.levels] if detector == "fcos" else 1
+        torch.testing.assert_close(prediction.boxes[0, :, 3] - prediction.candidates[:, 3], cell * unit)
+
+
 @every_form
 def test_fcos_predicts_distances_in_strides(original):
     """ReLU(scale of the level x output) x stride: left, top, right, bottom; a negative distance is 0."""
@@ -139,7 +168,7 @@ def test_fcos_predicts_distances_in_strides(original):
     constant(model.ltrb, [1, 2, 3, -4])
     model.scale.data = torch.tensor([1, 2, 1, 0.5, 1])
     prediction = run(model)
-    s = torch.tensor([4, 8 * 2, 16, 32 / 2, 64])[prediction.levels]
+    s = torch.tensor([8, 16 * 2, 32, 64 / 2, 128])[prediction.levels]
     x, y = prediction.candidates[:, 0], prediction.candidates[:, 1]
     assert torch.equal(prediction.boxes[1], torch.stack([x - s, y - 2 * s, x + 3 * s, y], 1))
 
@@ -159,6 +188,16 @@ def test_original_centernet_predicts_size_and_offset_in_cells():
     prediction = run(model)
     expected = torch.tensor([1.0 - 6, 3 - 10, 1 + 6, 3 + 10]) - 2
     torch.testing.assert_close(prediction.boxes - prediction.candidates, expected.expand_as(prediction.boxes))
+
+
+def test_box_prior_is_the_distance_to_begin_with():
+    """In strides for FCOS, in pixels for CenterNet, on all four sides."""
+    for detector, unit in [("fcos", torch.tensor(STRIDES)), ("centernet", torch.tensor([1]))]:
+        model = small(detector, box_prior=3.0)
+        torch.nn.init.zeros_(model.ltrb.weight)
+        prediction = run(model)
+        reach = 3 * unit[prediction.levels][:, None] * torch.tensor([-1, -1, 1, 1])
+        assert torch.equal(prediction.boxes[0], prediction.candidates + reach)
 
 
 @every_detector
@@ -181,13 +220,13 @@ def test_fpn_is_torchvisions(extra_from):
     """With the same weights; P6 from C5 (RetinaNet, OneNet) or from P5 (the original FCOS), P7 from ReLU(P6)."""
     backbone = models.Tiny()
     neck = models.FPN(backbone, 16, 2, extra_from)
-    top = LastLevelP6P7(16 if extra_from == "p5" else 128, 16)
-    reference = FeaturePyramidNetwork([32, 64, 128], 16, extra_blocks=top)
+    top = LastLevelP6P7(16 if extra_from == "p5" else backbone.channels[-1], 16)
+    reference = FeaturePyramidNetwork(backbone.channels[-3:], 16, extra_blocks=top)
     blocks = [block[0] for block in (*reference.inner_blocks, *reference.layer_blocks)]
     for ours, theirs in zip([*neck.lateral, *neck.output, *neck.extra], [*blocks, top.p6, top.p7], strict=True):
         theirs.load_state_dict(ours.state_dict())
     features = [torch.randn(2, c, 64 // s, 96 // s) for c, s in zip(backbone.channels, backbone.strides)]
-    expected = reference(collections.OrderedDict(enumerate(features)))
+    expected = reference(collections.OrderedDict(enumerate(features[-3:])))
     for ours, theirs in zip(neck(features), expected.values(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -244,6 +283,15 @@ def test_original_detectors_have_as_many_parameters_as_torchvisions():
                 == parameters(retinanet) + (2048 - 256) * 256 * 9)
 
 
+def test_one_to_one_detectors_lack_what_onenet_left_out():
+    """The eight tower biases; and in FCOS the centre-ness, while its P6 comes from C5."""
+    with torch.device("meta"):
+        count = {(name, original): parameters(models.build(name, 80, "resnet50", original=original))
+                 for name in ("retinanet", "fcos") for original in (False, True)}
+    assert count["retinanet", True] - count["retinanet", False] == 8 * 256
+    assert count["fcos", True] - count["fcos", False] == 8 * 256 + (256 * 9 + 1) - (2048 - 256) * 256 * 9
+
+
 @pytest.mark.parametrize("detector, candidates", [("retinanet", 201_600), ("fcos", 22_400)])
 @every_form
 def test_candidates_of_a_coco_image(detector, candidates, original):
@@ -265,9 +313,8 @@ def test_candidates_of_a_coco_image(detector, candidates, original):
 @pytest.mark.parametrize("backbone", ["tiny", "resnet18"])
 def test_every_detector_answers_in_the_documented_shapes(detector, original, backbone):
     """(B, Q, C), (B, Q, 4), (Q, 4), (Q,): levels from fine to coarse, with ceil(size / stride) cells a side."""
-    strides = {"tiny": (4, 8, 16, 32, 64), "resnet18": (8, 16, 32, 64, 128)}[backbone]
     per_cell = {"retinanet": 9, "fcos": 1, "centernet": 1}[detector]
-    cells = [math.ceil(64 / s) * math.ceil(96 / s) * per_cell for s in ((4,) if detector == "centernet" else strides)]
+    cells = [math.ceil(64 / s) * math.ceil(96 / s) * per_cell for s in ((4,) if detector == "centernet" else STRIDES)]
     torch.manual_seed(0)
     prediction = run(models.build(detector, 5, backbone, original=original).eval())
     assert isinstance(prediction, Prediction) and prediction.aux == []
@@ -276,6 +323,23 @@ def test_every_detector_answers_in_the_documented_shapes(detector, original, bac
     assert prediction.levels.tolist() == [level for level, n in enumerate(cells) for _ in range(n)]
     assert set(prediction.raw) == ({"retinanet": {"deltas", "positives_average"}, "fcos": {"centreness"},
                                     "centernet": {"size", "offset", "grid", "stride"}}[detector] if original else set())
+
+
+@every_detector
+@every_form
+def test_every_parameter_learns_from_the_outputs_it_makes(detector, original):
+    """From the scores everything but the box branch; from boxes (and centre-ness) everything but the class branch."""
+    model = small(detector, original)
+    images, mask = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8), torch.zeros(2, 64, 96, dtype=torch.bool)
+    prediction = model(images, mask)
+    location = [prediction.boxes, *(x for x in prediction.raw.values() if torch.is_tensor(x) and x.requires_grad)]
+    of_scores = {"class_tower", "score"}
+    of_boxes = {"box_tower", "delta", "ltrb", "scale", "centreness", "size", "offset"}
+    for outputs, idle in [([prediction.logits], of_boxes), (location, of_scores)]:
+        total = sum(x.sum() for x in outputs)
+        gradients = torch.autograd.grad(total, model.parameters(), retain_graph=True, allow_unused=True)
+        for (name, _), gradient in zip(model.named_parameters(), gradients):
+            assert (gradient is None) == (name.split(".")[0] in idle), name
 
 
 @every_detector

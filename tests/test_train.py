@@ -21,7 +21,7 @@ def flags(folder, **more):
     base = {"data": "custom", "train-json": folder / "train.json", "train-images": folder / "train",
             "val-json": folder / "val.json", "val-images": folder / "val", "backbone": "tiny", "width": 16, "depth": 1,
             "extra-levels": 0, "steps": 8, "batch-size": 4, "train-sizes": 64, "train-longest": 64, "test-size": 64,
-            "test-longest": 64, "log-every": 1, "checkpoint-every": 4, "device": "cpu", **more}
+            "test-longest": 64, "log-every": 1, "checkpoint-every": 4, "device": "cpu", "precision": "fp32", **more}
     return [part for name, value in base.items() for part in (f"--{name}", str(value))]
 
 
