@@ -69,8 +69,8 @@ def giou_cost(boxes, gt):
     among the coordinates stays NaN, for `match` to report.
     """
     giou = generalized_box_iou(boxes, gt)
-    empty = ((boxes[:, 2:] <= boxes[:, :2]).any(1)[:, None] & (gt[:, 2:] <= gt[:, :2]).any(1))
-    return -torch.where(empty & giou.isnan(), -1.0, giou)
+    numbers = ~(boxes.isnan().any(1)[:, None] | gt.isnan().any(1))
+    return -torch.where(giou.isnan() & numbers, -1.0, giou)
 
 
 def iou_cost(boxes, gt):
@@ -261,10 +261,12 @@ def load_strategy(name):
     if not Path(file).is_file():
         raise AssignError(f"--assign {name}: the file {file} does not exist")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None:
+        raise AssignError(f"--assign {name}: {file} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:                                       # a student's file may raise anything
+    except (Exception, SystemExit) as error:                         # a student's file may raise anything
         raise AssignError(f"--assign {name}: {file} does not run: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, function, None)):
         raise AssignError(f"--assign {name}: {file} defines no function {function}")
@@ -304,18 +306,18 @@ def match(prediction, targets, cost, assign):
     fails.  The Hungarian solver works on the host: what it needs of all images and layers, and the
     NaN check, travel there in one copy.
     """
-    answer, costs, images = [], [], []
+    answer, costs, nan, images = [], [], [], []
     with torch.autocast(prediction.logits.device.type, enabled=False):
         for layer in [prediction, *prediction.aux]:
             for n, target in enumerate(targets):
                 one = {"logits": layer.logits[n].float(), "boxes": layer.boxes[n].float(),
                        "candidates": layer.candidates, "levels": layer.levels}
                 c = cost(one, target).float()
+                nan.append(c.isnan().any().float())
                 costs.append(cheapest(c) if assign is hungarian else c)
                 images.append(target["image_id"])
         device = prediction.logits.device
-        nan = [(c[0] if assign is hungarian else c).isnan().any().float().view(1) for c in costs]
-        parcels = [torch.cat(nan)]
+        parcels = [torch.stack(nan)]
         if assign is hungarian:              # row numbers are exact in float32 up to 2^24
             parcels += [part.float().flatten() for pair in costs for part in pair]
         parcel = torch.cat(parcels).cpu()                            # <- the one copy

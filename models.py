@@ -344,35 +344,34 @@ def init_heads(parts, original):
 
 
 class RetinaNet(Detector):
-    """Lin et al., 2017b: nine anchors a point, deltas from anchor to box, focal loss.
+    """Lin et al., 2017b: nine anchors a point (`scales` times three ratios), deltas from anchor to box.
 
     The original has biases in the towers and normal(0, 0.01) weights; OneNet's has no biases and Xavier
     weights.  Neither has norms in the towers; `tower_norm` adds them, for short training from scratch.
     """
     candidates = "anchors"
-    ANCHORS = 9
 
-    def __init__(self, backbone, num_classes, original=False, width=256, depth=4, extra=2, tower_norm=False):
+    def __init__(self, backbone, num_classes, original=False, width=256, depth=4, extra=2, scales=3, tower_norm=False):
         super().__init__(backbone)
-        self.original = original
+        self.original, self.scales = original, scales
         self.neck = FPN(backbone, width, extra)
         self.strides = self.neck.strides
         self.class_tower = tower(width, depth, norm=tower_norm, bias=original)
         self.box_tower = tower(width, depth, norm=tower_norm, bias=original)
-        self.score = nn.Conv2d(width, self.ANCHORS * num_classes, 3, padding=1)
-        self.delta = nn.Conv2d(width, self.ANCHORS * 4, 3, padding=1)
+        self.score = nn.Conv2d(width, 3 * scales * num_classes, 3, padding=1)
+        self.delta = nn.Conv2d(width, 3 * scales * 4, 3, padding=1)
         init_heads([self.class_tower, self.box_tower, self.score, self.delta], original)
         nn.init.constant_(self.score.bias, PRIOR_BIAS)
         if original:                          # losses.retinanet_loss keeps its moving average here
             self.register_buffer("positives_average", torch.tensor(100.0))
 
     def anchors(self, x, stride):
-        """(HW * 9, 4): sides 4 * stride times 2^0, 2^(1/3), 2^(2/3), outer; ratios h/w 0.5, 1, 2, inner.
+        """(9HW, 4): sides 4 * stride times 2^0, 2^(1/3), 2^(2/3), outer; ratios h/w 0.5, 1, 2, inner.
 
         Centred on (j * stride, i * stride), without half a cell's offset, as in detectron2.
         """
         half = torch.tensor([[(area / ratio) ** 0.5 / 2, (area * ratio) ** 0.5 / 2]
-                             for area in ((4 * stride * 2 ** (n / 3)) ** 2 for n in range(3))
+                             for area in ((4 * stride * 2 ** (n / self.scales)) ** 2 for n in range(self.scales))
                              for ratio in (0.5, 1.0, 2.0)], device=x.device)
         centre = grid_points(x, stride, 0)[:, None]                           # (HW, 1, 2)
         return torch.cat([centre - half, centre + half], -1).reshape(-1, 4)
@@ -380,11 +379,11 @@ class RetinaNet(Detector):
     def forward(self, images, mask):
         logits, deltas, anchors, levels = [], [], [], []
         for level, (x, stride) in enumerate(zip(self.neck(self.features(images, mask)), self.strides)):
-            B, _, H, W = x.shape
+            B = len(x)
             score, delta = self.score(self.class_tower(x)), self.delta(self.box_tower(x))
-            logits.append(score.float().permute(0, 2, 3, 1).reshape(B, H * W * self.ANCHORS, -1))
-            deltas.append(delta.float().permute(0, 2, 3, 1).reshape(B, H * W * self.ANCHORS, 4))
-            anchors.append(self.anchors(x, stride))                           # (9HW, 4)
+            anchors.append(self.anchors(x, stride))                                                  # (9HW, 4)
+            logits.append(score.float().permute(0, 2, 3, 1).reshape(B, len(anchors[-1]), -1))        # (B, 9HW, C)
+            deltas.append(delta.float().permute(0, 2, 3, 1).reshape(B, len(anchors[-1]), 4))         # (B, 9HW, 4)
             levels.append(torch.full((len(anchors[-1]),), level, device=x.device))
         logits, deltas, anchors = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
         raw = {"deltas": deltas, "positives_average": self.positives_average} if self.original else {}
@@ -538,7 +537,7 @@ def read_checkpoint(file):
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); check the path") from None
     except Exception as error:               # cut short, not a checkpoint, or a pickle that would run code
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "GLOBAL" in str(error):           # PyTorch names the function or class that it would not call
             raise CheckpointError(f"{file}: refused: it holds objects other than tensors and plain values, which could "
                                   f"run code when loaded") from None
         raise CheckpointError(f"{file}: not a readable checkpoint (cut short, or another kind of file); copy it again") from None
@@ -551,12 +550,19 @@ def from_checkpoint(checkpoint, file):
     """The detector a checkpoint of train.py describes, with its weights."""
     if not {"build", "model", "class_names", "test_transform", "args"} <= checkpoint.keys():
         raise CheckpointError(f"{file}: not a checkpoint of train.py (it lacks the description of the detector)")
-    model = build(**checkpoint["build"])
     try:
+        model = build(**checkpoint["build"])
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{file}: its weights do not fit its own description: {error}") from None
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:         # of another version, or made by hand
+        raise CheckpointError(f"{file}: its weights do not fit its own description: {type(error).__name__}: {error}") from None
     return model
+
+
+def tensors_of(checkpoint):
+    """The named tensors of a checkpoint of train.py, or of a plain state dict."""
+    given = checkpoint.get("model", checkpoint)
+    given = given if isinstance(given, dict) else {}
+    return {k: v for k, v in given.items() if isinstance(k, str) and torch.is_tensor(v)}
 
 
 def load_weights(model, file):
@@ -565,11 +571,9 @@ def load_weights(model, file):
     Returns (missing, left over, of another shape): names of the model's own tensors that got nothing, and of the file's
     that were not used.
     """
-    checkpoint = read_checkpoint(file)
-    given = checkpoint.get("model", checkpoint)
-    own = model.state_dict()
-    shapes = [k for k in own if k in given and torch.is_tensor(given[k]) and own[k].shape != given[k].shape]
-    fits = {k: given[k] for k in own if k in given and torch.is_tensor(given[k]) and k not in shapes}
+    given, own = tensors_of(read_checkpoint(file)), model.state_dict()
+    shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
+    fits = {k: given[k] for k in own if k in given and k not in shapes}
     if not fits:
         raise CheckpointError(f"{file}: none of its {len(given)} entries fits this detector; it is of another detector "
                               f"or not a checkpoint of train.py")
@@ -591,9 +595,9 @@ def load_backbone(backbone, weights):
             raise CheckpointError(f"--backbone-weights imagenet: cannot be downloaded ({error}); fetch torchvision's {backbone.name} "
                                   f"on another machine and give its file") from None
     else:
-        given = read_checkpoint(weights)
-    if "model" in given:
-        given = {k.removeprefix("backbone."): v for k, v in given["model"].items() if k.startswith("backbone.")}
+        given = tensors_of(read_checkpoint(weights))
+    if any(k.startswith("backbone.") for k in given):        # a checkpoint of train.py
+        given = {k.removeprefix("backbone."): v for k, v in given.items() if k.startswith("backbone.")}
     else:
         given = {f"body.{k}": v for k, v in given.items() if not k.startswith("fc.")}
     own = backbone.state_dict()

@@ -69,7 +69,7 @@ EVERYWHERE = {"assign": "hungarian", "location_cost": "predicted", "class_cost":
               "weight_decay": 1e-4, "backbone_lr_factor": 1.0, "clip_grad": 0.0, "flip": 0.5, "crop": 0.0,
               "max_dets": 100, "warmup_steps": 0, "warmup_factor": 0.01, "milestones": [], "backbone_weights": "none",
               "deform": False, "drop_bad_boxes": False, "box_prior": 0.0, "tower_norm": False,
-              "neck_widths": [256, 128, 64]}
+              "neck_widths": [256, 128, 64], "anchor_scales": 3}
 
 # 3.5, 4.6 and 5.2 of the published configurations: OneNet's code, "3x"
 ONENET = {"steps": 270_000, "batch_size": 16, "optimizer": "adamw", "lr": 4e-5, "schedule": "step", "milestones": [210_000, 250_000],
@@ -86,7 +86,7 @@ RECIPES = {
              "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [128],
              "train_longest": 128, "test_size": 128, "test_longest": 128, "workers": 0, "precision": "auto"},
         "fcos": {"box_prior": 3.0},
-        "retinanet": {"tower_norm": True, "steps": 3600},
+        "retinanet": {"tower_norm": True, "anchor_scales": 1},
         "centernet": {"box_prior": 12.0, "neck_widths": [128, 64], "steps": 5000},
     },
     # for a few hundred photographs on the same machine; a GPU wants --backbone resnet50 --backbone-weights imagenet
@@ -127,6 +127,7 @@ def make_parser():
     g.add_argument("--neck-widths", type=int, nargs="+", metavar="N", help="channels of CenterNet's steps up from stride 32: three "
                    "(published: 256 128 64) end at stride 4, two (scenes: 128 64) at stride 8")
     g.add_argument("--deform", action=argparse.BooleanOptionalAction, default=None, help="deformable convolutions in CenterNet's neck")
+    g.add_argument("--anchor-scales", type=int, metavar="N", help="sizes of RetinaNet's anchors per octave, each in three ratios (published: 3; scenes: 1)")
     g.add_argument("--tower-norm", action=argparse.BooleanOptionalAction, default=None, help="group norm in RetinaNet's towers (scenes: yes; published: no)")
     g.add_argument("--box-prior", type=float, metavar="D", help="distance from point to box side before training: FCOS in strides (scenes: 3), CenterNet "
                    "in pixels (scenes: 12); published: 0, where half of the outputs start behind their ReLU")
@@ -147,7 +148,7 @@ def make_parser():
     g.add_argument("--crop", type=float, metavar="P", help="probability of DETR's resize-crop-resize (coco: 0.5)")
     g.add_argument("--workers", type=int, metavar="N", help="processes that read pictures, per training process (coco: 4, else 0)")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, metavar="N", help="optimiser steps (scenes: 4500 FCOS, 3600 RetinaNet, 3200 CenterNet)")
+    g.add_argument("--steps", type=int, metavar="N", help="optimiser steps (scenes: 4500, CenterNet 5000)")
     g.add_argument("--batch-size", type=int, metavar="N", help="images per step, over all processes and micro-batches (scenes, coco: 16)")
     g.add_argument("--accumulate", type=int, metavar="N", help="micro-batches per step (default 1): less memory, the same step")
     g.add_argument("--optimizer", choices=("adamw", "sgd"), help="default adamw; the published one-to-many recipes use sgd")
@@ -252,7 +253,7 @@ def build_arguments(flags, num_classes):
         train_all = flags["backbone_weights"] == "none" or flags["detector"] == "centernet"
         build.update(norm="batch" if train_all else "frozen", freeze=0 if train_all else 2)
     if flags["detector"] == "retinanet":
-        build["tower_norm"] = flags["tower_norm"]
+        build.update(tower_norm=flags["tower_norm"], scales=flags["anchor_scales"])
     else:
         build["box_prior"] = flags["box_prior"]
     if flags["detector"] == "centernet":

@@ -93,7 +93,7 @@ def test_a_picture_without_annotations_is_an_ordinary_picture(folder):
 def test_ids_may_be_text(folder):
     content = valid()
     content["images"][0]["id"] = content["annotations"][1]["image_id"] = "first"
-    with pytest.raises(DataError, match="mix"):
+    with pytest.raises(data.DataError, match="mix"):
         data.read_coco(*save(folder, content))
     content["images"][1]["id"] = content["annotations"][0]["image_id"] = content["annotations"][2]["image_id"] = "5"
     content["categories"] = [{"id": "zebra", "name": "Zebra"}, {"id": "ant", "name": "Ant"}]

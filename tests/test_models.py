@@ -31,7 +31,7 @@ def small(detector, original=False, backbone="tiny", num_classes=3, **options):
     """An untrained detector that is quick to run."""
     torch.manual_seed(0)
     slim = {"widths": (16, 16, 16)} if detector == "centernet" else {"width": 32, "depth": 1}
-    return models.build(detector, num_classes, backbone, original=original, **slim, **options).eval()
+    return models.build(detector, num_classes, backbone, original=original, **{**slim, **options}).eval()
 
 
 def run(model, height=64, width=96, B=2):
@@ -188,6 +188,17 @@ def test_original_centernet_predicts_size_and_offset_in_cells():
     prediction = run(model)
     expected = torch.tensor([1.0 - 6, 3 - 10, 1 + 6, 3 + 10]) - 2
     torch.testing.assert_close(prediction.boxes - prediction.candidates, expected.expand_as(prediction.boxes))
+
+
+def test_a_centernet_of_two_steps_has_stride_8():
+    """Its points lie 8 pixels apart, and so its cells are 8 pixels wide."""
+    model = small("centernet", original=True, widths=(16, 16))
+    constant(model.size[-1], [2, 3])
+    constant(model.offset[-1], [0.5, 0.5])
+    prediction = run(model)
+    assert model.strides == (8,) and prediction.raw["grid"] == (8, 12) and prediction.raw["stride"] == 8
+    assert prediction.candidates.tolist() == [[x, y, x, y] for y in range(4, 64, 8) for x in range(4, 96, 8)]
+    assert (prediction.boxes - prediction.candidates == torch.tensor([-8, -12, 8, 12])).all()
 
 
 def test_box_prior_is_the_distance_to_begin_with():
