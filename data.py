@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 import scenes
@@ -285,20 +285,52 @@ def clip(boxes, width, height):
     return boxes, (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(1)
 
 
+# CenterNet's colour noise along the principal axes of ImageNet's colours (AlexNet's, in the order red, green, blue of 0-1 pixels)
+COLOUR_AXES = np.array([[-0.56089297, 0.71832671, 0.41158938], [-0.5832747, 0.00994535, -0.81221408], [-0.58752847, -0.69563484, 0.41340352]])
+COLOUR_VARIANCES = np.array([0.2141788, 0.01817699, 0.00341571])
+
+
+def cut_square(picture, boxes, side, rng):
+    """CenterNet's augmentation: a square around a random point, 0.6 to 1.3 times as large as the picture's longer side,
+    becomes `side` x `side` pixels; black where it leaves the picture."""
+    def border(length):                          # keeps the point 128 pixels off the edge, or less in small pictures
+        margin = 128
+        while length <= 2 * margin:
+            margin //= 2
+        return margin
+    around = np.array([rng.integers(border(length), length - border(length)) for length in picture.size])
+    square = max(picture.size) * rng.choice(np.arange(6, 14)) / 10
+    x, y = around - square / 2
+    picture = picture.transform((side, side), Image.AFFINE, (square / side, 0, x, 0, square / side, y), Image.BILINEAR)
+    return picture, (boxes - torch.tensor([x, y, x, y], dtype=torch.float32)) * (side / square)
+
+
+def vary_colours(picture, strength, noise, rng):
+    """Brightness, contrast and saturation times 1 - strength ... 1 + strength, in random order, then noise along COLOUR_AXES."""
+    for enhance in rng.permutation(3):
+        factor = float(rng.uniform(1 - strength, 1 + strength))
+        picture = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[enhance](picture).enhance(factor)
+    shift = 255 * COLOUR_AXES @ (COLOUR_VARIANCES * rng.normal(0, noise, 3))
+    return Image.fromarray((np.asarray(picture, np.float32) + shift).clip(0, 255).astype(np.uint8))
+
+
 @dataclass
 class Transform:
     """What happens to a picture on its way into a batch (recipes of Sections 3.1 and 5.1).
 
     Training: flip with probability `flip`; with probability `crop`, resize the shorter side to one
     of 400, 500, 600 and cut a window with sides of 384 to 600 (DETR's augmentation, which OneNet and
-    Sparse R-CNN took over); then resize the shorter side to one of `shortest`.  Evaluation: flip = crop = 0
-    and one size.
+    Sparse R-CNN took over); then resize the shorter side to one of `shortest`.  The original CenterNet instead
+    cuts a square (`square`, its side in pixels) and varies colours.  Evaluation: all of it 0, and one size, or
+    none, which keeps the picture's own.
     """
     shortest: tuple = (800,)
     longest: int = 1333
     flip: float = 0.0
     crop: float = 0.0
     round_down: bool = False
+    square: int = 0
+    colours: float = 0.0
 
     def __call__(self, picture, boxes, rng):
         """picture: PIL   boxes: (G, 4)   rng: numpy Generator.   Returns picture, boxes, kept (G,) bool.
@@ -317,7 +349,12 @@ class Transform:
             picture = picture.crop((x, y, x + w, y + h))
             boxes, inside = clip(boxes - torch.tensor([x, y, x, y]), w, h)
             kept = kept & inside
-        picture, boxes = resize(picture, boxes, int(rng.choice(self.shortest)), self.longest, self.round_down)
+        if self.square:
+            picture, boxes = cut_square(picture, boxes, self.square, rng)
+        elif self.shortest:
+            picture, boxes = resize(picture, boxes, int(rng.choice(self.shortest)), self.longest, self.round_down)
+        if self.colours:
+            picture = vary_colours(picture, self.colours, 0.1, rng)
         boxes, inside = clip(boxes, picture.width, picture.height)
         return picture, boxes, kept & inside
 
@@ -374,17 +411,20 @@ def collate(samples, divisor=32):
     return images, mask, [target for _, target in samples]
 
 
-def batch_stream(annotations, batch_size, seed):
+def batch_stream(annotations, batch_size, seed, skip_empty=False):
     """Endless lists of `batch_size` keys (epoch, index): the order of training, for all processes together.
 
     Each epoch is a shuffle of its own.  Landscape and portrait pictures collect in separate
     buckets, so that a batch needs little padding; what an epoch leaves in a bucket opens the next.
+    skip_empty: pictures without objects (crowd regions are none) are left out.
     """
     portrait = (annotations.sizes[:, 0] > annotations.sizes[:, 1]).tolist()
+    objects = torch.cat([torch.zeros(1, dtype=torch.long), (~annotations.crowd).long().cumsum(0)])[annotations.first].diff()
+    used = (objects > 0).nonzero()[:, 0].numpy() if skip_empty else np.arange(len(portrait))
     buckets = ([], [])
     epoch = 0
     while True:
-        for i in np.random.default_rng((seed, epoch)).permutation(len(portrait)).tolist():
+        for i in np.random.default_rng((seed, epoch)).permutation(used).tolist():
             bucket = buckets[portrait[i]]
             bucket.append((epoch, i))
             if len(bucket) == batch_size:
@@ -393,9 +433,9 @@ def batch_stream(annotations, batch_size, seed):
         epoch += 1
 
 
-def training_batches(annotations, batch_size, seed, start=0, rank=0, world=1, accumulate=1):
+def training_batches(annotations, batch_size, seed, start=0, rank=0, world=1, accumulate=1, skip_empty=False):
     """This process's share of `batch_stream` from step `start` on: `accumulate` micro-batches per step."""
-    for step, keys in enumerate(batch_stream(annotations, batch_size, seed)):
+    for step, keys in enumerate(batch_stream(annotations, batch_size, seed, skip_empty)):
         if step >= start:
             mine = keys[rank::world]
             for part in range(accumulate):

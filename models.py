@@ -13,6 +13,7 @@ un-padded image.  Classes are 0 ... C-1, without a background column.
 Images come in as uint8 RGB, padded at the right and at the bottom, with a mask that is true on padding.
 """
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,10 @@ from torchvision.ops import batched_nms, deform_conv2d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)     # every class starts at a score of 0.01 (focal loss paper, 4.1)
-RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)       # ImageNet, 0-255 scale
+PIXELS = {                                    # mean and std of the three channels, 0-255 scale; the name gives their order
+    "rgb": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),               # ImageNet: torchvision's ResNets
+    "bgr": ((103.53, 116.28, 123.675), (1.0, 1.0, 1.0)),                       # MSRA's ResNets: detectron2's model zoo
+    "bgr-unit": ((104.04, 113.985, 119.85), (73.695, 69.87, 70.89))}           # CenterNet's own: .408 .447 .470, .289 .274 .278
 
 
 @dataclass
@@ -89,18 +93,22 @@ class ResNet(nn.Module):
 
     norm: "frozen" (fixed statistics and affine, the recipe of all detectors but CenterNet) or "batch".
     freeze: how many of stem, layer1, layer2, ... receive no gradient (2 in the published recipes).
+    stride_in_1x1: a bottleneck's stride lies in its first 1x1 convolution (MSRA's weights), not in the 3x3.
     """
     strides = (4, 8, 16, 32)
 
-    def __init__(self, name, norm="frozen", freeze=2):
+    def __init__(self, name, norm="frozen", freeze=2, stride_in_1x1=False):
         super().__init__()
-        self.name = name
+        self.name, self.kind = name, "msra" if stride_in_1x1 else "torchvision"
         body = getattr(torchvision.models, name)(
             weights=None, norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d)
         del body.fc, body.avgpool
         self.body = body
         layers = [body.layer1, body.layer2, body.layer3, body.layer4]
         last = "conv2" if name in ("resnet18", "resnet34") else "conv3"
+        if stride_in_1x1 and last == "conv3":
+            for layer in layers[1:]:
+                layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
         self.channels = tuple(getattr(layer[-1], last).out_channels for layer in layers)
         for part in [[body.conv1, body.bn1], *[[layer] for layer in layers]][:freeze]:
             for module in part:
@@ -167,9 +175,9 @@ class DeformConv(nn.Module):
         self.weight = nn.Parameter(nn.Conv2d(cin, cout, 3, bias=False).weight.detach())
 
     def forward(self, x):
-        where = self.offset(x).float()                                # (B, 27, H, W)
-        with torch.autocast(x.device.type, enabled=False):            # the operator is float32
-            return deform_conv2d(x.float(), where[:, :18].contiguous(), self.weight, padding=1,
+        where = self.offset(x).to(self.weight.dtype)                  # (B, 27, H, W)
+        with torch.autocast(x.device.type, enabled=False):            # the operator knows no bfloat16
+            return deform_conv2d(x.to(self.weight.dtype), where[:, :18].contiguous(), self.weight, padding=1,
                                  mask=where[:, 18:].sigmoid())
 
 
@@ -218,10 +226,18 @@ class DeconvNeck(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 def grid_points(x, stride, offset):
-    """Centres (j * stride + offset, i * stride + offset) of a map's cells: (HW, 2), rows outer."""
+    """Points (j * stride + offset, i * stride + offset), one per cell of a map: (HW, 2), rows outer.
+
+    stride: a number, or a pair (along x, along y).
+    """
     h, w = x.shape[-2:]
     ys, xs = torch.meshgrid(torch.arange(h, device=x.device), torch.arange(w, device=x.device), indexing="ij")
-    return torch.stack([xs, ys], -1).reshape(-1, 2).float() * stride + offset
+    return torch.stack([xs, ys], -1).reshape(-1, 2).float() * torch.as_tensor(stride, device=x.device) + offset
+
+
+def torchvision_spacing(x, images):
+    """Spacing (along x, along y) of torchvision's anchors: image size // map size, the stride but on odd coarse maps."""
+    return images.shape[-1] // x.shape[-1], images.shape[-2] // x.shape[-2]
 
 
 def apply_deltas(anchors, deltas, largest=math.log(1000 / 16)):
@@ -306,15 +322,18 @@ class Detector(nn.Module):
     """Normalises images on the device and runs the backbone; the sub-classes add neck and heads.
 
     `candidates` says what the pre-defined object candidates are, "anchors" or "points" (Section 2.1).
+    pixels: what the backbone's weights were trained on, a key of PIXELS.
     """
 
-    def __init__(self, backbone, mean=RGB_MEAN, std=RGB_STD):
+    def __init__(self, backbone, pixels="rgb"):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.pixels = backbone, pixels
+        mean, std = PIXELS[pixels]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def features(self, images, mask):
+        images = images.flip(1) if self.pixels.startswith("bgr") else images
         x = (images.float() - self.mean) / self.std                   # (B, 3, H, W)
         x = x.masked_fill(mask[:, None], 0).contiguous(memory_format=torch.channels_last)
         return self.backbone(x)
@@ -347,32 +366,41 @@ class RetinaNet(Detector):
     """Lin et al., 2017b: nine anchors a point (`scales` times three ratios), deltas from anchor to box.
 
     The original has biases in the towers and normal(0, 0.01) weights; OneNet's has no biases and Xavier
-    weights.  Neither has norms in the towers; `tower_norm` adds them, for short training from scratch.
+    weights.  Neither has norms in the towers; `tower_norm` adds them, for short training from scratch, and
+    `delta_weights` divide what the head says before it is a delta (published: 1; Fast R-CNN: 10 10 5 5).
+
+    torchvision's form (`torchvision_grid`) differs in its anchors, see `anchors`, and has P6 from P5.
     """
     candidates = "anchors"
 
-    def __init__(self, backbone, num_classes, original=False, width=256, depth=4, extra=2, scales=3, tower_norm=False):
-        super().__init__(backbone)
-        self.original, self.scales = original, scales
-        self.neck = FPN(backbone, width, extra)
+    def __init__(self, backbone, num_classes, original=False, width=256, depth=4, extra=2, scales=3, tower_norm=False,
+                 delta_weights=(1, 1, 1, 1), pixels="rgb", extra_from="c5", torchvision_grid=False):
+        super().__init__(backbone, pixels)
+        self.original, self.scales, self.torchvision_grid = original, scales, torchvision_grid
+        self.neck = FPN(backbone, width, extra, extra_from)
         self.strides = self.neck.strides
         self.class_tower = tower(width, depth, norm=tower_norm, bias=original)
         self.box_tower = tower(width, depth, norm=tower_norm, bias=original)
         self.score = nn.Conv2d(width, 3 * scales * num_classes, 3, padding=1)
         self.delta = nn.Conv2d(width, 3 * scales * 4, 3, padding=1)
+        self.register_buffer("delta_weights", torch.tensor(delta_weights, dtype=torch.float32), persistent=False)
         init_heads([self.class_tower, self.box_tower, self.score, self.delta], original)
         nn.init.constant_(self.score.bias, PRIOR_BIAS)
         if original:                          # losses.retinanet_loss keeps its moving average here
             self.register_buffer("positives_average", torch.tensor(100.0))
 
-    def anchors(self, x, stride):
+    def anchors(self, x, stride, images=None):
         """(9HW, 4): sides 4 * stride times 2^0, 2^(1/3), 2^(2/3), outer; ratios h/w 0.5, 1, 2, inner.
 
-        Centred on (j * stride, i * stride), without half a cell's offset, as in detectron2.
+        Centred on (j * stride, i * stride), without half a cell's offset, as in detectron2.  torchvision
+        cuts the sides to whole pixels, rounds the corners, and spaces by image size // map size.
         """
-        half = torch.tensor([[(area / ratio) ** 0.5 / 2, (area * ratio) ** 0.5 / 2]
-                             for area in ((4 * stride * 2 ** (n / self.scales)) ** 2 for n in range(self.scales))
-                             for ratio in (0.5, 1.0, 2.0)], device=x.device)
+        sides = [4 * stride * 2 ** (n / self.scales) for n in range(self.scales)]
+        if self.torchvision_grid:
+            sides, stride = [int(side) for side in sides], torchvision_spacing(x, images)
+        half = torch.tensor([[side / ratio ** 0.5 / 2, side * ratio ** 0.5 / 2] for side in sides
+                             for ratio in (0.5, 1.0, 2.0)], device=x.device)                          # (9, 2)
+        half = half.round() if self.torchvision_grid else half
         centre = grid_points(x, stride, 0)[:, None]                           # (HW, 1, 2)
         return torch.cat([centre - half, centre + half], -1).reshape(-1, 4)
 
@@ -381,9 +409,9 @@ class RetinaNet(Detector):
         for level, (x, stride) in enumerate(zip(self.neck(self.features(images, mask)), self.strides)):
             B = len(x)
             score, delta = self.score(self.class_tower(x)), self.delta(self.box_tower(x))
-            anchors.append(self.anchors(x, stride))                                                  # (9HW, 4)
+            anchors.append(self.anchors(x, stride, images))                                          # (9HW, 4)
             logits.append(score.float().permute(0, 2, 3, 1).reshape(B, len(anchors[-1]), -1))        # (B, 9HW, C)
-            deltas.append(delta.float().permute(0, 2, 3, 1).reshape(B, len(anchors[-1]), 4))         # (B, 9HW, 4)
+            deltas.append(delta.float().permute(0, 2, 3, 1).reshape(B, -1, 4) / self.delta_weights)  # (B, 9HW, 4)
             levels.append(torch.full((len(anchors[-1]),), level, device=x.device))
         logits, deltas, anchors = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
         raw = {"deltas": deltas, "positives_average": self.positives_average} if self.original else {}
@@ -401,12 +429,16 @@ class FCOS(Detector):
 
     OneNet's form has no centre-ness, no biases in the towers, and P6 from C5; the original has all three the
     other way round.  Both have group norm and one learned scale per level.
+
+    detectron2's and torchvision's forms of the original have no scales (here: all 1) and accept a detection
+    by its final score (`score_threshold` 0.2); torchvision's points lie on cell corners (`torchvision_grid`).
     """
     candidates = "points"
 
-    def __init__(self, backbone, num_classes, original=False, width=256, depth=4, extra=2, box_prior=0.0):
-        super().__init__(backbone)
-        self.original = original
+    def __init__(self, backbone, num_classes, original=False, width=256, depth=4, extra=2, box_prior=0.0,
+                 pixels="rgb", torchvision_grid=False, score_threshold=None):
+        super().__init__(backbone, pixels)
+        self.original, self.torchvision_grid, self.score_threshold = original, torchvision_grid, score_threshold
         self.neck = FPN(backbone, width, extra, extra_from="p5" if original else "c5")
         self.strides = self.neck.strides
         self.class_tower = tower(width, depth, norm=True, bias=original)
@@ -426,7 +458,8 @@ class FCOS(Detector):
             box_features = self.box_tower(x)                                          # (B, width, H, W)
             logits.append(self.score(self.class_tower(x)).float().flatten(2).mT)      # (B, HW, C)
             ltrb = F.relu(self.scale[level] * self.ltrb(box_features).float()) * stride  # (B, 4, H, W) pixels
-            points.append(grid_points(x, stride, stride // 2))                        # (HW, 2)
+            points.append(grid_points(x, torchvision_spacing(x, images), 0) if self.torchvision_grid
+                          else grid_points(x, stride, stride // 2))                   # (HW, 2)
             boxes.append(ltrb_to_xyxy(points[-1], ltrb.flatten(2).mT))                # (B, HW, 4)
             levels.append(torch.full((len(points[-1]),), level, device=x.device))
             if self.original:
@@ -440,7 +473,8 @@ class FCOS(Detector):
             return end_to_end_detections(prediction, n, k)
         p = prediction.logits[n].sigmoid()                                            # (Q, C)
         scores = (p * prediction.raw["centreness"][n].sigmoid()[:, None]).sqrt()
-        return candidate_detections(prediction, scores, n, k, nms=0.6, accept=p > 0.05)
+        accept = p > 0.05 if self.score_threshold is None else scores > self.score_threshold
+        return candidate_detections(prediction, scores, n, k, nms=0.6, accept=accept)
 
 
 class CenterNet(Detector):
@@ -451,8 +485,9 @@ class CenterNet(Detector):
     """
     candidates = "points"
 
-    def __init__(self, backbone, num_classes, original=False, widths=(256, 128, 64), deform=True, box_prior=0.0):
-        super().__init__(backbone)
+    def __init__(self, backbone, num_classes, original=False, widths=(256, 128, 64), deform=True, box_prior=0.0,
+                 pixels="rgb"):
+        super().__init__(backbone, pixels)
         self.original = original
         self.neck = DeconvNeck(backbone, widths, deform, laterals=not original)
         width, self.strides = self.neck.width, (self.neck.stride,)
@@ -503,12 +538,15 @@ DETECTORS = {"retinanet": RetinaNet, "centernet": CenterNet, "fcos": FCOS}
 BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
 
 
-def build(detector, num_classes, backbone, original=False, norm="frozen", freeze=2, **options):
-    """A detector by name.  norm and freeze concern ResNets; options go to the detector's constructor.
+def build(detector, num_classes, backbone, original=False, norm="frozen", freeze=2, resnet="torchvision", **options):
+    """A detector by name.  norm, freeze and resnet concern ResNets; options go to the detector's constructor.
 
+    resnet: "torchvision", or "msra", whose pre-trained weights want BGR pixels and the stride in the first 1x1.
     These arguments are all that a checkpoint needs to hold beside the weights.
     """
-    body = Tiny() if backbone == "tiny" else ResNet(backbone, norm, freeze)
+    msra = backbone != "tiny" and resnet == "msra"
+    options = {"pixels": "bgr" if msra else "rgb", **options}
+    body = Tiny() if backbone == "tiny" else ResNet(backbone, norm, freeze, stride_in_1x1=msra)
     model = DETECTORS[detector](body, num_classes, original=original, **options)
     return model.to(memory_format=torch.channels_last)
 
@@ -530,10 +568,24 @@ class CheckpointError(ValueError):
     """A weights file cannot be used: one sentence that says why."""
 
 
-def read_checkpoint(file):
-    """A checkpoint of train.py, read without running any code in it.  Raises CheckpointError."""
+def save_whole(content, file):
+    """torch.save that leaves the old file or the new one, never half of one."""
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def read_checkpoint(file, harmless=()):
+    """A checkpoint, read without running any code in it.  Raises CheckpointError.
+
+    harmless: classes it may hold beside tensors and plain values.
+    """
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(harmless)):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); check the path") from None
     except Exception as error:               # cut short, not a checkpoint, or a pickle that would run code
@@ -595,7 +647,10 @@ def load_backbone(backbone, weights):
             raise CheckpointError(f"--backbone-weights imagenet: cannot be downloaded ({error}); fetch torchvision's {backbone.name} "
                                   f"on another machine and give its file") from None
     else:
-        given = tensors_of(read_checkpoint(weights))
+        checkpoint = read_checkpoint(weights)
+        given, made_for = tensors_of(checkpoint), checkpoint.get("resnet") or checkpoint.get("build", {}).get("resnet", "torchvision")
+        if not isinstance(backbone, Tiny) and made_for != backbone.kind:
+            raise CheckpointError(f"{weights}: the weights of {made_for}'s kind of ResNet; give --resnet {made_for}")
     if any(k.startswith("backbone.") for k in given):        # a checkpoint of train.py
         given = {k.removeprefix("backbone."): v for k, v in given.items() if k.startswith("backbone.")}
     else:

@@ -21,13 +21,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 KINDS = ("disk", "ring", "triangle", "star", "crescent", "hook")
-VERSION = 2                     # raise it when the pictures change: old ones are then drawn anew
+VERSION = 3                     # raise it when the pictures change: old ones are then drawn anew
 SIZE = 128                      # pixels, height and width of a picture
 COUNTS = {"train": 8000, "val": 500}
 SUPERSAMPLE = 3                 # silhouettes are drawn this much larger, then averaged: smooth edges
 MAX_OBJECTS = 6
 MAX_IOU = 0.2                   # two boxes overlap less than this, so that NMS at 0.5 costs no recall
 MIN_VISIBLE = 0.75              # of every creature, once all are drawn
+LIMB_OPACITY = (0.7, 0.4)       # limbs fade outwards, so that where a box ends is never quite certain
 
 
 # ------------------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def body(kind):
 
 
 def limb(rng, size):
-    """A jointed limb: two thick strokes in a row that start inside the body.  Two quadrilaterals."""
+    """A jointed limb: two thick strokes in a row that start inside the body.  Two quadrilaterals, the outer one last."""
     angle = rng.uniform(0, 2 * np.pi)
     length = rng.uniform(0.5, 1.2) * size                    # up to 1.2 bodies long ...
     half = max(size / 6, 3.0) / 2                            # ... and a sixth of a body thick
@@ -112,11 +113,12 @@ def overlap(box, others):
 
 
 def silhouette(polygons):
-    """How much of each pixel a creature covers, (SIZE, SIZE) in 0...255."""
+    """How opaque a creature is in each pixel, (SIZE, SIZE) in 0...255.  polygons: body, then strokes of limbs, in pairs."""
     mask = Image.new("L", (SIZE * SUPERSAMPLE,) * 2)
     pen = ImageDraw.Draw(mask)
-    for polygon in polygons:
-        pen.polygon([(float(x), float(y)) for x, y in polygon * SUPERSAMPLE], fill=255)
+    for n in range(len(polygons) - 1, -1, -1):               # the body last, over the limbs' roots
+        opaque = 1.0 if n == 0 else LIMB_OPACITY[(n - 1) % 2]
+        pen.polygon([(float(x), float(y)) for x, y in polygons[n] * SUPERSAMPLE], fill=round(255 * opaque))
     return mask.reduce(SUPERSAMPLE)
 
 
@@ -156,7 +158,7 @@ def draw(seed, split, index):
             if overlap(placed, [o["box"] for o in objects]) >= MAX_IOU:
                 continue
             mask = silhouette([polygon + shift for polygon in polygons])
-            covers = np.asarray(mask) > 127
+            covers = np.asarray(mask) > 63
             if all((v & ~covers).sum() >= MIN_VISIBLE * o["area"] for v, o in zip(visible, objects)):
                 break
         else:
@@ -170,7 +172,7 @@ def draw(seed, split, index):
             colour = rng.uniform(0, 255, 3)
         picture.paste(tuple(int(c) for c in colour), mask=mask)
         objects.append({"kind": kind, "box": placed, "polygons": polygons,
-                        "area": float(np.asarray(mask, float).sum() / 255)})
+                        "area": float(covers.sum())})
     noisy = np.asarray(picture, np.float32) + rng.normal(0, 5, (SIZE, SIZE, 3)).astype(np.float32)
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), objects
 

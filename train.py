@@ -69,15 +69,19 @@ EVERYWHERE = {"assign": "hungarian", "location_cost": "predicted", "class_cost":
               "weight_decay": 1e-4, "backbone_lr_factor": 1.0, "clip_grad": 0.0, "flip": 0.5, "crop": 0.0,
               "max_dets": 100, "warmup_steps": 0, "warmup_factor": 0.01, "milestones": [], "backbone_weights": "none",
               "deform": False, "drop_bad_boxes": False, "box_prior": 0.0, "tower_norm": False,
-              "neck_widths": [256, 128, 64], "anchor_scales": 3}
+              "neck_widths": [256, 128, 64], "anchor_scales": 3, "delta_weights": [1.0, 1.0, 1.0, 1.0], "resnet": "torchvision", "skip_empty": False, "square": 0, "colours": 0.0}
 
 # 3.5, 4.6 and 5.2 of the published configurations: OneNet's code, "3x"
 ONENET = {"steps": 270_000, "batch_size": 16, "optimizer": "adamw", "lr": 4e-5, "schedule": "step", "milestones": [210_000, 250_000],
           "warmup_steps": 1000, "clip_grad": 1.0, "train_sizes": [640, 672, 704, 736, 768, 800, 832, 864, 896],
           "train_longest": 1500, "crop": 0.5}
-# detectron2's and the authors' "1x"
+# 3.5 and 5.1: the "1x" of detectron2 and of FCOS's authors, which gave the 37.4 and 38.7 of Table 1's one-to-many column
 ORIGINAL = {"steps": 90_000, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "schedule": "step", "milestones": [60_000, 80_000],
-            "warmup_steps": 1000, "warmup_factor": 0.001, "train_sizes": [640, 672, 704, 736, 768, 800], "train_longest": 1333}
+            "warmup_steps": 1000, "warmup_factor": 0.001, "clip_grad": 0.0, "train_sizes": [640, 672, 704, 736, 768, 800],
+            "train_longest": 1333, "crop": 0.0, "skip_empty": True}
+# 4.1: CenterNet with a ResNet-50 as CenterNet-better trains it, which gave the 35.0
+ORIGINAL_CENTERNET = {**ORIGINAL, "steps": 126_000, "batch_size": 128, "lr": 0.02, "milestones": [81_000, 108_000], "square": 512,
+                      "colours": 0.4, "test_size": 0, "skip_empty": False}
 
 RECIPES = {
     # chosen as a demonstration for two CPU cores; all rows of a detector share everything but the row's flags
@@ -86,7 +90,7 @@ RECIPES = {
              "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [128],
              "train_longest": 128, "test_size": 128, "test_longest": 128, "workers": 0, "precision": "auto"},
         "fcos": {"box_prior": 3.0},
-        "retinanet": {"tower_norm": True, "anchor_scales": 1},
+        "retinanet": {"tower_norm": True, "anchor_scales": 1, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
         "centernet": {"box_prior": 12.0, "neck_widths": [128, 64], "steps": 5000},
     },
     # for a few hundred photographs on the same machine; a GPU wants --backbone resnet50 --backbone-weights imagenet
@@ -94,7 +98,7 @@ RECIPES = {
         "": {"backbone": "tiny", "width": 64, "depth": 2, "extra_levels": 0, "steps": 2000, "batch_size": 8,
              "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [256],
              "train_longest": 448, "test_size": 256, "test_longest": 448, "workers": 0, "precision": "auto"},
-        "fcos": {"box_prior": 3.0}, "retinanet": {"tower_norm": True},
+        "fcos": {"box_prior": 3.0}, "retinanet": {"tower_norm": True, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
         "centernet": {"box_prior": 12.0, "neck_widths": [128, 64]},
     },
     "coco": {
@@ -104,6 +108,7 @@ RECIPES = {
                       "test_size": 512, "test_longest": 853},
         "retinanet one-to-many": ORIGINAL,
         "fcos one-to-many": {**ORIGINAL, "train_sizes": [800]},
+        "centernet one-to-many": ORIGINAL_CENTERNET,
     },
 }
 
@@ -121,6 +126,8 @@ def make_parser():
     g.add_argument("--detector", choices=tuple(models.DETECTORS), help="which detector (default: fcos)")
     g.add_argument("--backbone", choices=models.BACKBONES, help="tiny is for pictures of about 128 pixels (scenes: tiny; coco: resnet50)")
     g.add_argument("--backbone-weights", metavar="W", help="none, imagenet (torchvision's), or a file: a torchvision ResNet or a last.pt")
+    g.add_argument("--resnet", choices=("torchvision", "msra"), help="whose pre-trained ResNet: torchvision's (RGB, default), or MSRA's (BGR, stride in the "
+                   "first 1x1), which detectron2's and AdelaiDet's one-to-many figures were made with; give its file, converted, as --backbone-weights")
     g.add_argument("--width", type=int, metavar="N", help="channels of pyramid and towers (RetinaNet, FCOS)")
     g.add_argument("--depth", type=int, metavar="N", help="convolutions in a tower (RetinaNet, FCOS)")
     g.add_argument("--extra-levels", type=int, metavar="N", help="pyramid levels above the backbone's last map (2 gives P6 and P7)")
@@ -128,6 +135,8 @@ def make_parser():
                    "(published: 256 128 64) end at stride 4, two (scenes: 128 64) at stride 8")
     g.add_argument("--deform", action=argparse.BooleanOptionalAction, default=None, help="deformable convolutions in CenterNet's neck")
     g.add_argument("--anchor-scales", type=int, metavar="N", help="sizes of RetinaNet's anchors per octave, each in three ratios (published: 3; scenes: 1)")
+    g.add_argument("--delta-weights", type=float, nargs=4, metavar="W", help="RetinaNet's head output is divided by these before it is a delta dx, dy, dw, dh "
+                   "(published: 1 1 1 1; scenes: 10 10 5 5, so that a step of the optimiser moves boxes less)")
     g.add_argument("--tower-norm", action=argparse.BooleanOptionalAction, default=None, help="group norm in RetinaNet's towers (scenes: yes; published: no)")
     g.add_argument("--box-prior", type=float, metavar="D", help="distance from point to box side before training: FCOS in strides (scenes: 3), CenterNet "
                    "in pixels (scenes: 12); published: 0, where half of the outputs start behind their ReLU")
@@ -142,7 +151,12 @@ def make_parser():
     data.add_data_flags(g)
     g.add_argument("--train-sizes", type=int, nargs="+", metavar="N", help="shorter sides to choose from in training, pixels")
     g.add_argument("--train-longest", type=int, metavar="N", help="limit of the longer side in training")
-    g.add_argument("--test-size", type=int, metavar="N", help="shorter side in evaluation")
+    g.add_argument("--square", type=int, metavar="N", help="cut squares of random place and size and scale them to N pixels instead, as the original "
+                   "CenterNet does (coco, its one-to-many recipe: 512; else 0, off)")
+    g.add_argument("--colours", type=float, metavar="S", help="vary brightness, contrast and saturation by up to this share (coco, CenterNet one-to-many: 0.4)")
+    g.add_argument("--skip-empty", action=argparse.BooleanOptionalAction, default=None, help="leave pictures without objects out of training (coco, "
+                   "one-to-many RetinaNet and FCOS: yes)")
+    g.add_argument("--test-size", type=int, metavar="N", help="shorter side in evaluation; 0 keeps each picture's size")
     g.add_argument("--test-longest", type=int, metavar="N", help="limit of the longer side in evaluation")
     g.add_argument("--flip", type=float, metavar="P", help="probability of a horizontal flip (default 0.5)")
     g.add_argument("--crop", type=float, metavar="P", help="probability of DETR's resize-crop-resize (coco: 0.5)")
@@ -251,9 +265,9 @@ def build_arguments(flags, num_classes):
     if flags["backbone"] != "tiny":
         # without pre-trained weights there is nothing to freeze; CenterNet trains all of it, norms too
         train_all = flags["backbone_weights"] == "none" or flags["detector"] == "centernet"
-        build.update(norm="batch" if train_all else "frozen", freeze=0 if train_all else 2)
+        build.update(norm="batch" if train_all else "frozen", freeze=0 if train_all else 2, resnet=flags["resnet"])
     if flags["detector"] == "retinanet":
-        build.update(tower_norm=flags["tower_norm"], scales=flags["anchor_scales"])
+        build.update(tower_norm=flags["tower_norm"], scales=flags["anchor_scales"], delta_weights=tuple(flags["delta_weights"]))
     else:
         build["box_prior"] = flags["box_prior"]
     if flags["detector"] == "centernet":
@@ -324,16 +338,6 @@ def lr_factor(step, flags):
     return factor
 
 
-def save_whole(content, file):
-    """torch.save that leaves the old file or the new one, never half of one."""
-    temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "wb") as stream:
-        torch.save(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-
-
 def random_states(device):
     states = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.device(device).type == "cuda":
@@ -398,8 +402,8 @@ def train(flags, checkpoint, rank, world, device):
     if train_set.class_names != val_set.class_names:
         raise data.DataError(f"{val_files[0]}: its classes {val_set.class_names} are not those of {train_files[0]}: {train_set.class_names}")
 
-    test_transform = {"shortest": [flags["test_size"]], "longest": flags["test_longest"]}
-    transform = data.Transform(flags["train_sizes"], flags["train_longest"], flags["flip"], flags["crop"])
+    test_transform = {"shortest": [flags["test_size"]] if flags["test_size"] else [], "longest": flags["test_longest"]}
+    transform = data.Transform(flags["train_sizes"], flags["train_longest"], flags["flip"], flags["crop"], square=flags["square"], colours=flags["colours"])
     train_pictures = data.Pictures(train_set, transform, flags["seed"])
     val_pictures = data.Pictures(val_set, data.Transform(**test_transform))
 
@@ -448,7 +452,7 @@ def train(flags, checkpoint, rank, world, device):
             shares = [None] * world if main_process else None
             dist.gather_object((buffers, states), shares)
         if main_process:
-            save_whole({"model": {k: v.cpu() for k, v in model.state_dict().items()}, "optimizer": optimizer.state_dict(),
+            models.save_whole({"model": {k: v.cpu() for k, v in model.state_dict().items()}, "optimizer": optimizer.state_dict(),
                         "step": step, "args": flags, "build": build, "buffers": [b for b, _ in shares], "random": [r for _, r in shares],
                         "class_names": train_set.class_names, "category_ids": train_set.category_ids,
                         "test_transform": test_transform}, out / "last.pt")
@@ -467,7 +471,7 @@ def train(flags, checkpoint, rank, world, device):
 
     val_gt = evaluate.ground_truth(val_set) if main_process else None
     batches = iter(data.loader(train_pictures, data.training_batches(
-        train_set, flags["batch_size"], flags["seed"], first_step, rank, world, flags["accumulate"]), flags["workers"], "cuda" in device))
+        train_set, flags["batch_size"], flags["seed"], first_step, rank, world, flags["accumulate"], flags["skip_empty"]), flags["workers"], "cuda" in device))
     if checkpoint:                                                   # last, so that nothing above disturbs them
         set_random_states(checkpoint["random"][rank % len(checkpoint["random"])], device)
     interrupted = []                                                 # filled by a signal; every process must see it at the same step

@@ -6,7 +6,8 @@ import hypothesis
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 import scenes
 
 torch.set_num_threads(1)                    # the tensors are small, and the machine may be training
