@@ -30,3 +30,18 @@ def seed():
 def tiny_scenes(tmp_path_factory):
     """A folder with a small scenes data set: 24 pictures to train on, 7 to evaluate."""
     return scenes.write(tmp_path_factory.mktemp("scenes"), seed=0, counts={"train": 24, "val": 7})
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a file's command line in this process: command(data, "check", ...) gives exit code, standard output and error."""
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        try:
+            module.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+    return run

@@ -53,7 +53,8 @@ def save(folder, content):
 
 def sizes_only(sizes):
     """Stand-in for Annotations where only the (height, width) of the pictures matters."""
-    return SimpleNamespace(sizes=torch.tensor(sizes).reshape(-1, 2))
+    n = len(sizes)
+    return SimpleNamespace(sizes=torch.tensor(sizes).reshape(-1, 2), first=torch.arange(n + 1), crowd=torch.zeros(n, dtype=torch.bool))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -486,6 +487,42 @@ def test_a_crop_is_384_to_600_pixels_of_a_picture_whose_shorter_side_is_400_500_
     assert 384 / 600 - 0.03 < min(heights) < 0.7 and 0.95 < max(heights)
 
 
+@settings(max_examples=60)
+@given(RECTANGLES, st.integers(0, 999))
+def test_the_box_is_where_the_pixels_are_in_centernets_square(box, seed):
+    picture, boxes, kept = data.Transform(square=512, flip=0.5)(*rectangle(box), np.random.default_rng(seed))
+    assert picture.size == (512, 512)
+    found = seen(picture)
+    if kept[0] and min(boxes[0, 2:] - boxes[0, :2]) > 3:
+        assert np.allclose(found, boxes[0], atol=1.5)
+    elif not kept[0]:
+        assert found is None
+
+
+def test_centernets_square_is_0p6_to_1p3_of_the_longer_side_around_a_point_128_pixels_inside():
+    """A box of 64 pixels in a picture of 640 x 480 becomes 64 * 512 / (640 * s); s takes each of its eight values."""
+    scales, centres = [], []
+    for seed in range(300):
+        _, boxes, kept = data.Transform(square=512)(*rectangle([288, 208, 352, 272]), np.random.default_rng(seed))
+        if (boxes[0] > 0).all() and (boxes[0] < 512).all():
+            scale = 64 / float(boxes[0, 2] - boxes[0, 0]) * 512 / 640
+            scales.append(round(scale, 3))
+            centres.append(((256 - (boxes[0, :2] + boxes[0, 2:]) / 2) * scale * 640 / 512 + torch.tensor([320, 240])).tolist())
+    assert set(scales) == {0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3}
+    x, y = np.transpose(centres)
+    assert 127 < x.min() < 160 and 480 < x.max() < 513 and 127 < y.min() < 160 and 320 < y.max() < 353
+
+
+def test_colours_vary_as_much_as_asked_and_only_the_colours():
+    grey = Image.new("RGB", (40, 30), (100, 100, 100))
+    mean = [np.asarray(data.vary_colours(grey, 0.4, 0.1, np.random.default_rng(seed)), float).mean((0, 1)) for seed in range(200)]
+    lightness = np.mean(mean, 1)
+    assert 45 < lightness.min() < 75 and 125 < lightness.max() < 155 and 90 < lightness.mean() < 110
+    assert np.ptp(mean, 1).max() >= 1                                 # the noise along the colour axes tints greys
+    picture, boxes, _ = data.Transform(shortest=(), colours=0.4)(*rectangle([100, 100, 300, 200]), np.random.default_rng(0))
+    assert picture.size == (640, 480) and boxes[0].tolist() == [100, 100, 300, 200]
+
+
 def test_boxes_are_clipped_and_emptied_boxes_marked():
     boxes = [[-10, 5, 20, 60], [90, 10, 130, 20], [100, 0, 120, 20], [5, 5, 9, 9], [30, -9, 40, 0]]
     transform, picture = data.Transform(shortest=(100,)), Image.new("RGB", (100, 50))
@@ -582,6 +619,14 @@ def test_every_picture_comes_once_per_epoch_in_batches_of_one_orientation(sizes,
     assert sorted(i for epoch, i in keys if epoch == 0) == list(range(len(sizes)))
     for batch in batches:
         assert len({sizes[i][0] > sizes[i][1] for _, i in batch}) == 1
+
+
+def test_pictures_without_objects_can_be_left_out():
+    """Picture 1 has no box, picture 3 only a crowd region: one epoch of the others, 0, 2 and 4."""
+    a = SimpleNamespace(sizes=torch.full((5, 2), 40), first=torch.tensor([0, 2, 2, 3, 4, 6]),
+                        crowd=torch.tensor([False, True, False, True, False, False]))
+    assert sorted(next(data.batch_stream(a, 3, seed=0, skip_empty=True))) == [(0, 0), (0, 2), (0, 4)]
+    assert sorted(i for _, i in next(data.batch_stream(a, 5, seed=0))) == [0, 1, 2, 3, 4]
 
 
 def test_every_epoch_and_every_seed_has_its_own_order():
@@ -746,20 +791,10 @@ def test_the_check_counts_pictures_boxes_and_classes(folder):
     assert "  car: 1\n  toothbrush: 1\n0 fault(s)\n" in out.getvalue()
 
 
-def command(monkeypatch, capsys, *arguments):
-    """data.py's command line in this process: (exit code, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
-    try:
-        data.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, capsys.readouterr().err
-
-
-def test_check_exits_with_0_without_faults(folder, monkeypatch, capsys):
+def test_check_exits_with_0_without_faults(folder, command):
     json_file, images = save(folder, valid())
-    assert command(monkeypatch, capsys, "check", "--json", json_file, "--images", images) == (0, "")
+    code, _, err = command(data, "check", "--json", json_file, "--images", images)
+    assert (code, err) == (0, "")
 
 
 def test_check_exits_with_1_with_faults(folder):
@@ -770,15 +805,15 @@ def test_check_exits_with_1_with_faults(folder):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"images": [], "annotations": [], "categories": []}', "\udcff", None])
-def test_check_exits_with_2_and_one_line_when_nothing_can_be_read(tmp_path, monkeypatch, capsys, content):
+def test_check_exits_with_2_and_one_line_when_nothing_can_be_read(tmp_path, command, content):
     if content is not None:
         (tmp_path / "set.json").write_bytes(content.encode(errors="surrogateescape"))
-    code, said = command(monkeypatch, capsys, "check", "--json", tmp_path / "set.json", "--images", tmp_path)
+    code, _, said = command(data, "check", "--json", tmp_path / "set.json", "--images", tmp_path)
     assert code == 2 and said.count("\n") == 1 and said.startswith(f"data.py: {tmp_path / 'set.json'}: ")
 
 
-def test_voc2coco_exits_with_2_and_one_line_when_there_is_no_voc_folder(tmp_path, monkeypatch, capsys):
-    code, said = command(monkeypatch, capsys, "voc2coco", tmp_path, "--out", tmp_path / "out")
+def test_voc2coco_exits_with_2_and_one_line_when_there_is_no_voc_folder(tmp_path, command):
+    code, _, said = command(data, "voc2coco", tmp_path, "--out", tmp_path / "out")
     assert code == 2 and said.count("\n") == 1 and str(tmp_path) in said
 
 

@@ -41,18 +41,6 @@ def figures(folder, truth, found, max_dets=100):
     return evaluate.score_file(folder / "gt.json", folder / "dt.json", max_dets)
 
 
-def command(monkeypatch, capsys, *arguments):
-    """evaluate.py's command line in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    try:
-        evaluate.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
 # ------------------------------------------------------------------------------------------------
 # figures
 # ------------------------------------------------------------------------------------------------
@@ -211,7 +199,7 @@ def checkpoint(folder, class_names):
     return folder / "last.pt"
 
 
-def test_dropped_boxes_are_no_missed_objects_in_evaluation(tiny_scenes, tmp_path, monkeypatch, capsys):
+def test_dropped_boxes_are_no_missed_objects_in_evaluation(tiny_scenes, tmp_path, monkeypatch, command):
     """With --drop-bad-boxes a detector that finds every good box scores 100, whatever the file's other boxes are."""
     record = json.loads((tiny_scenes / "val.json").read_text())
     annotations = data.read_coco(tiny_scenes / "val.json", tiny_scenes / "val")
@@ -227,16 +215,16 @@ def test_dropped_boxes_are_no_missed_objects_in_evaluation(tiny_scenes, tmp_path
         return {"plain": found, "nms": found}
 
     monkeypatch.setattr(models.FCOS, "detections", knows)
-    code, _, err = command(monkeypatch, capsys, "--weights", checkpoint(tmp_path, annotations.class_names),
+    code, _, err = command(evaluate, "--weights", checkpoint(tmp_path, annotations.class_names),
                            "--data", "custom", "--val-json", tmp_path / "val.json", "--val-images", tiny_scenes / "val",
                            "--drop-bad-boxes", "--device", "cpu", "--out", tmp_path / "out")
     assert code == 0 and "dropped 4 bad box" in err
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["AP"] == 100
 
 
-def test_a_checkpoint_of_other_classes_is_refused(tiny_scenes, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_of_other_classes_is_refused(tiny_scenes, tmp_path, command):
     weights = checkpoint(tmp_path, ["cat", "dog"])
-    code, _, err = command(monkeypatch, capsys, "--weights", weights, "--data", "custom",
+    code, _, err = command(evaluate, "--weights", weights, "--data", "custom",
                            "--val-json", tiny_scenes / "val.json", "--val-images", tiny_scenes / "val")
     assert code == 2 and err.count("\n") == 1 and "['cat', 'dog']" in err and "same classes" in err
 
@@ -256,13 +244,13 @@ def test_results_prints_and_writes_the_same_figures(tmp_path):
     assert printed == pytest.approx(expected, abs=0.005)
 
 
-def test_max_dets_of_the_command_line(tmp_path, monkeypatch, capsys):
+def test_max_dets_of_the_command_line(tmp_path, command):
     boxes = [(20 * n, 0, 12, 12) for n in range(10)]
     found = [detection(box, 1 - n / 20) for n, box in enumerate(boxes)]
     figures(tmp_path, ground_truth([(1, 1, box) for box in boxes]), found)
     files = ["--gt", tmp_path / "gt.json", "--dt", tmp_path / "dt.json"]
-    assert "AR     50.00" in command(monkeypatch, capsys, "results", *files, "--max-dets", 5)[1]
-    assert "AR    100.00" in command(monkeypatch, capsys, "results", *files)[1]
+    assert "AR     50.00" in command(evaluate, "results", *files, "--max-dets", 5)[1]
+    assert "AR    100.00" in command(evaluate, "results", *files)[1]
 
 
 TRUTH, FOUND = ground_truth([(1, 1, (10, 10, 50, 50))]), [detection((10, 10, 50, 50), 0.9)]
@@ -292,24 +280,24 @@ BAD_INPUT = {       # ground truth, result file (None: missing, text: as it is),
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_clear_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, case):
+def test_bad_input_is_one_clear_sentence_and_exit_code_2(tmp_path, command, case):
     *contents, words = BAD_INPUT[case]
     for name, content in zip(("gt.json", "dt.json"), contents):
         if content is not None:
             (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    code, out, err = command(monkeypatch, capsys, "results", "--gt", tmp_path / "gt.json", "--dt", tmp_path / "dt.json")
+    code, out, err = command(evaluate, "results", "--gt", tmp_path / "gt.json", "--dt", tmp_path / "dt.json")
     assert code == 2 and not out and err.count("\n") == 1 and err.startswith("evaluate.py: ") and words in err
 
 
-def test_a_place_where_nothing_can_be_written_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys):
+def test_a_place_where_nothing_can_be_written_is_one_sentence_and_exit_code_2(tmp_path, command):
     figures(tmp_path, TRUTH, FOUND)
-    code, _, err = command(monkeypatch, capsys, "results", "--gt", tmp_path / "gt.json", "--dt", tmp_path / "dt.json",
+    code, _, err = command(evaluate, "results", "--gt", tmp_path / "gt.json", "--dt", tmp_path / "dt.json",
                            "--out", tmp_path / "no" / "such" / "folder.json")
     assert code == 2 and err.count("\n") == 1
 
 
-def test_without_weights_or_command_the_usage_is_shown(monkeypatch, capsys):
-    code, _, err = command(monkeypatch, capsys)
+def test_without_weights_or_command_the_usage_is_shown(command):
+    code, _, err = command(evaluate)
     assert code == 2 and "--weights" in err
 
 

@@ -45,16 +45,16 @@ def same(a, b):
     return a == b
 
 
-def fails(capsys, arguments, *words):
+@pytest.fixture
+def fails(command):
     """The command ends with exit code 2 and one line on standard error that holds `words`."""
-    with pytest.raises(SystemExit) as stop:
-        train.main(arguments)
-    message = capsys.readouterr().err.strip()
-    assert stop.value.code == 2
-    last = message.splitlines()[-1]
-    assert "Traceback" not in message
-    for word in words:
-        assert str(word) in last, last
+    def run(arguments, *words):
+        code, _, message = command(train, *arguments)
+        assert code == 2 and "Traceback" not in message
+        last = message.strip().splitlines()[-1]
+        for word in words:
+            assert str(word) in last, last
+    return run
 
 
 @pytest.mark.parametrize("detector", ["fcos", "retinanet", "centernet"])
@@ -130,11 +130,11 @@ def test_ctrl_c_saves_the_step_it_reached_and_resume_goes_on_from_there(tiny_sce
     assert same(weights(tmp_path / "whole")["model"], weights(tmp_path / "run")["model"])
 
 
-def test_resume_refuses_changed_flags_by_name_and_touches_nothing(tiny_scenes, tmp_path, capsys):
+def test_resume_refuses_changed_flags_by_name_and_touches_nothing(tiny_scenes, tmp_path, fails):
     out = tmp_path / "run"
     train.main(flags(tiny_scenes, steps=4, out=out))
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    fails(capsys, ["--resume", "--out", str(out), "--lr", "0.5", "--class-cost", "0"], "--lr", "--class-cost", "0.5")
+    fails(["--resume", "--out", str(out), "--lr", "0.5", "--class-cost", "0"], "--lr", "--class-cost", "0.5")
     assert before == {file.name: file.read_bytes() for file in out.iterdir()}
 
 
@@ -199,7 +199,7 @@ def test_init_takes_what_fits_and_lists_the_rest(tiny_scenes, tmp_path, capsys):
     torch.testing.assert_close(a["backbone.stem.0.weight"], b["backbone.stem.0.weight"], rtol=0, atol=1e-6)
 
 
-def test_not_a_number_stops_the_run_with_step_and_images_and_keeps_the_good_checkpoint(tiny_scenes, tmp_path, monkeypatch, capsys):
+def test_not_a_number_stops_the_run_with_step_and_images_and_keeps_the_good_checkpoint(tiny_scenes, tmp_path, monkeypatch, fails):
     real, calls = train.detection_loss, []
 
     def overflow_in_step_6(*args):
@@ -208,13 +208,13 @@ def test_not_a_number_stops_the_run_with_step_and_images_and_keeps_the_good_chec
         return {k: v * float("inf") for k, v in terms.items()} if len(calls) == 6 else terms
 
     monkeypatch.setattr(train, "detection_loss", overflow_in_step_6)
-    fails(capsys, flags(tiny_scenes, out=tmp_path / "run"), "step 5", "images", "--lr", "last.pt")
+    fails(flags(tiny_scenes, out=tmp_path / "run"), "step 5", "images", "--lr", "last.pt")
     good = weights(tmp_path / "run")
     assert good["step"] == 4 and all(v.isfinite().all() for v in good["model"].values() if v.is_floating_point())
 
 
-def test_a_learning_rate_that_explodes_is_told_as_such(tiny_scenes, tmp_path, capsys):
-    fails(capsys, flags(tiny_scenes, out=tmp_path / "run", optimizer="sgd", lr=1e30, schedule="step"), "step", "image", "lower --lr")
+def test_a_learning_rate_that_explodes_is_told_as_such(tiny_scenes, tmp_path, fails):
+    fails(flags(tiny_scenes, out=tmp_path / "run", optimizer="sgd", lr=1e30, schedule="step"), "step", "image", "lower --lr")
 
 
 def student(tmp_path, body):
@@ -237,35 +237,68 @@ def test_a_student_function_plugs_in(tiny_scenes, tmp_path):
     ("return cost.argmin(0) + 10 ** 6, torch.arange(cost.shape[1])", ("outside",)),
     ("raise RuntimeError('I forgot')", ("I forgot", "image")),
 ])
-def test_a_student_function_that_fails_is_told_what_it_did(tiny_scenes, tmp_path, capsys, body, words):
+def test_a_student_function_that_fails_is_told_what_it_did(tiny_scenes, tmp_path, fails, body, words):
     mine = student(tmp_path, body)
-    fails(capsys, flags(tiny_scenes, steps=2, out=tmp_path / "run", assign=mine), "mine", *words)
+    fails(flags(tiny_scenes, steps=2, out=tmp_path / "run", assign=mine), "mine", *words)
 
 
-def test_bad_flags_are_told_by_name(tiny_scenes, tmp_path, capsys):
+PUBLISHED = {       # the fact sheet's training tables: detector, one-to-many -> what the configuration files say
+    ("retinanet", False): dict(steps=270_000, batch_size=16, optimizer="adamw", lr=4e-5, weight_decay=1e-4, milestones=[210_000, 250_000],
+                               warmup_steps=1000, warmup_factor=0.01, clip_grad=1.0, train_sizes=list(range(640, 897, 32)), train_longest=1500,
+                               crop=0.5, flip=0.5, test_size=800, test_longest=1333, skip_empty=False, width=256, depth=4, extra_levels=2,
+                               anchor_scales=3, tower_norm=False, delta_weights=[1, 1, 1, 1], backbone="resnet50", backbone_lr_factor=1),
+    ("fcos", False): dict(steps=270_000, batch_size=16, lr=4e-5, clip_grad=1.0, crop=0.5, train_longest=1500, box_prior=0, test_size=800),
+    ("centernet", False): dict(steps=270_000, batch_size=64, optimizer="adamw", lr=5e-5, milestones=[210_000, 250_000], clip_grad=1.0,
+                               train_sizes=[416, 448, 480, 512], train_longest=853, test_size=512, test_longest=853, crop=0.5, deform=True,
+                               neck_widths=[256, 128, 64], box_prior=0),
+    ("retinanet", True): dict(steps=90_000, batch_size=16, optimizer="sgd", momentum=0.9, lr=0.01, weight_decay=1e-4, milestones=[60_000, 80_000],
+                              warmup_steps=1000, warmup_factor=0.001, clip_grad=0, train_sizes=list(range(640, 801, 32)), train_longest=1333,
+                              crop=0, flip=0.5, square=0, colours=0, skip_empty=True, test_size=800, test_longest=1333),
+    ("fcos", True): dict(steps=90_000, batch_size=16, optimizer="sgd", lr=0.01, milestones=[60_000, 80_000], clip_grad=0, train_sizes=[800],
+                         train_longest=1333, crop=0, skip_empty=True),
+    ("centernet", True): dict(steps=126_000, batch_size=128, optimizer="sgd", lr=0.02, weight_decay=1e-4, milestones=[81_000, 108_000],
+                              warmup_steps=1000, clip_grad=0, square=512, colours=0.4, crop=0, flip=0.5, test_size=0, deform=True),
+}
+
+
+@pytest.mark.parametrize("detector, one_to_many", PUBLISHED)
+def test_cocos_recipes_are_the_published_ones(detector, one_to_many):
+    found = train.recipe("coco", detector, one_to_many)
+    for name, value in PUBLISHED[detector, one_to_many].items():
+        assert found[name] == value, name
+
+
+@pytest.mark.parametrize("detector, one_to_many, epochs", [("retinanet", False, 36.5), ("centernet", False, 146.1), ("fcos", True, 12.2), ("centernet", True, 136.3)])
+def test_the_recipes_last_as_long_as_published(detector, one_to_many, epochs):
+    """Steps times batch over COCO's 118,287 training pictures."""
+    found = train.recipe("coco", detector, one_to_many)
+    assert found["steps"] * found["batch_size"] / 118_287 == pytest.approx(epochs, abs=0.06)
+
+
+def test_bad_flags_are_told_by_name(tiny_scenes, tmp_path, fails):
     out = {"out": tmp_path / "run"}
-    fails(capsys, flags(tiny_scenes, **out, assign="cheapest"), "cheapest", "hungarian")
-    fails(capsys, flags(tiny_scenes, **out, assign="missing.py:f"), "missing.py")
-    fails(capsys, flags(tiny_scenes, **out, **{"batch-size": 5, "accumulate": 2}), "--batch-size", "5")
-    fails(capsys, flags(tiny_scenes, **out, lr=-1), "--lr")
-    fails(capsys, flags(tiny_scenes, **out, assign="one-to-many", **{"class-cost": 0}), "--class-cost")
-    fails(capsys, flags(tiny_scenes, **out, detector="yolo"), "yolo")
-    fails(capsys, flags(tiny_scenes, **out, **{"train-json": tmp_path / "none.json"}), "none.json")
-    fails(capsys, ["--data", "coco", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")], "instances_train2017.json", "download")
+    fails(flags(tiny_scenes, **out, assign="cheapest"), "cheapest", "hungarian")
+    fails(flags(tiny_scenes, **out, assign="missing.py:f"), "missing.py")
+    fails(flags(tiny_scenes, **out, **{"batch-size": 5, "accumulate": 2}), "--batch-size", "5")
+    fails(flags(tiny_scenes, **out, lr=-1), "--lr")
+    fails(flags(tiny_scenes, **out, assign="one-to-many", **{"class-cost": 0}), "--class-cost")
+    fails(flags(tiny_scenes, **out, detector="yolo"), "yolo")
+    fails(flags(tiny_scenes, **out, **{"train-json": tmp_path / "none.json"}), "none.json")
+    fails(["--data", "coco", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")], "instances_train2017.json", "download")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_holds_a_run_or_cannot_be_written_is_left_alone(tiny_scenes, tmp_path, capsys):
+def test_a_folder_that_holds_a_run_or_cannot_be_written_is_left_alone(tiny_scenes, tmp_path, fails):
     out = tmp_path / "run"
     train.main(flags(tiny_scenes, steps=1, out=out))
     before = (out / "last.pt").read_bytes()
-    fails(capsys, flags(tiny_scenes, steps=1, out=out), "--resume", out)
+    fails(flags(tiny_scenes, steps=1, out=out), "--resume", out)
     assert (out / "last.pt").read_bytes() == before
     (tmp_path / "file").write_text("")
-    fails(capsys, flags(tiny_scenes, steps=1, out=tmp_path / "file" / "run"), "file")
+    fails(flags(tiny_scenes, steps=1, out=tmp_path / "file" / "run"), "file")
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny_scenes, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny_scenes, tmp_path, monkeypatch, fails):
     real, calls = torch.save, []
 
     def full(content, stream):
@@ -276,16 +309,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny_scenes, tmp_path, mon
         return real(content, stream)
 
     monkeypatch.setattr(torch, "save", full)
-    fails(capsys, flags(tiny_scenes, out=tmp_path / "run"), "No space left")
+    fails(flags(tiny_scenes, out=tmp_path / "run"), "No space left")
     assert weights(tmp_path / "run")["step"] == 4
 
 
-def test_a_checkpoint_cut_in_half_or_of_another_detector_is_refused(tiny_scenes, tmp_path, capsys):
+def test_a_checkpoint_cut_in_half_or_of_another_detector_is_refused(tiny_scenes, tmp_path, fails):
     train.main(flags(tiny_scenes, steps=1, out=tmp_path / "a"))
     whole = (tmp_path / "a" / "last.pt").read_bytes()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "last.pt").write_bytes(whole[:len(whole) // 2])
-    fails(capsys, ["--resume", "--out", str(tmp_path / "b")], "last.pt", "cut short")
-    fails(capsys, ["--resume", "--out", str(tmp_path / "a"), "--detector", "retinanet"], "--detector")
-    fails(capsys, flags(tiny_scenes, out=tmp_path / "c", init=tmp_path / "b" / "last.pt"), "last.pt")
-    fails(capsys, flags(tiny_scenes, out=tmp_path / "c", **{"backbone": "resnet18", "backbone-weights": tmp_path / "a" / "last.pt"}), "backbone")
+    fails(["--resume", "--out", str(tmp_path / "b")], "last.pt", "cut short")
+    fails(["--resume", "--out", str(tmp_path / "a"), "--detector", "retinanet"], "--detector")
+    fails(flags(tiny_scenes, out=tmp_path / "c", init=tmp_path / "b" / "last.pt"), "last.pt")
+    fails(flags(tiny_scenes, out=tmp_path / "c", **{"backbone": "resnet18", "backbone-weights": tmp_path / "a" / "last.pt"}), "backbone")
