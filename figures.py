@@ -1,4 +1,4 @@
-"""Pictures to look at: detections beside the ground truth, and learning curves.
+"""Pictures to look at: what training sees, detections beside the ground truth, and learning curves.
 
     python figures.py curves RUN [RUN ...] --out curves.png      AP without and with NMS over training
 """
@@ -21,8 +21,8 @@ COLOURS = ((230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 13
 
 
 def draw_boxes(picture, boxes, labels, class_names, scores=None, side=384):
-    """A copy of a PIL picture with boxes (xyxy) and class names drawn on it, enlarged to at least `side` pixels."""
-    factor = max(1.0, side / max(picture.size))
+    """A copy of a PIL picture with boxes (xyxy) and class names drawn on it, its longer side `side` to 2 `side` pixels."""
+    factor = min(max(1.0, side / max(picture.size)), 2 * side / max(picture.size))
     canvas = picture.resize([round(v * factor) for v in picture.size], Image.BILINEAR)
     pen = ImageDraw.Draw(canvas)
     for n, (box, label) in enumerate(zip(boxes, labels)):
@@ -42,6 +42,17 @@ def caption(picture, text):
     canvas.paste(picture, (0, 14))
     ImageDraw.Draw(canvas).text((2, 1), text, fill="black")
     return canvas
+
+
+def training_pictures(pictures, file, count=12):
+    """The first pictures of epoch 0 as training sees them, flipped, cropped and resized, with their target boxes."""
+    cells = []
+    for i in range(min(count, len(pictures))):
+        image, target = pictures[0, i]
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        cells.append(caption(draw_boxes(picture, target["boxes"].tolist(), target["labels"].tolist(), pictures.annotations.class_names),
+                             f"image {target['image_id']}: {picture.width} x {picture.height}"))
+    contact_sheet(cells, columns=4).save(file)
 
 
 def detections_beside_truth(pictures, detections, file, count=12, threshold=0.3):

@@ -25,10 +25,9 @@ VERSION = 3                     # raise it when the pictures change: old ones ar
 SIZE = 128                      # pixels, height and width of a picture
 COUNTS = {"train": 8000, "val": 500}
 SUPERSAMPLE = 3                 # silhouettes are drawn this much larger, then averaged: smooth edges
-MAX_OBJECTS = 6
+MAX_OBJECTS = 4
 MAX_IOU = 0.2                   # two boxes overlap less than this, so that NMS at 0.5 costs no recall
 MIN_VISIBLE = 0.75              # of every creature, once all are drawn
-LIMB_OPACITY = (0.7, 0.4)       # limbs fade outwards, so that where a box ends is never quite certain
 
 
 # ------------------------------------------------------------------------------------------------
@@ -62,7 +61,7 @@ def body(kind):
 
 
 def limb(rng, size):
-    """A jointed limb: two thick strokes in a row that start inside the body.  Two quadrilaterals, the outer one last."""
+    """A jointed limb: two thick strokes in a row that start inside the body.  Two quadrilaterals."""
     angle = rng.uniform(0, 2 * np.pi)
     length = rng.uniform(0.5, 1.2) * size                    # up to 1.2 bodies long ...
     half = max(size / 6, 3.0) / 2                            # ... and a sixth of a body thick
@@ -81,7 +80,7 @@ def limb(rng, size):
 def creature(rng):
     """One creature, not yet placed: its kind (an index) and its polygons in pixels around (0, 0)."""
     kind = int(rng.integers(len(KINDS)))
-    size = rng.uniform(16, 40)                               # of the body, in pixels
+    size = rng.uniform(24, 52)                               # of the body, in pixels
     aspect = rng.uniform(0.8, 1.25)
     outline = body(KINDS[kind]) * (size / 2) * [aspect ** 0.5, aspect ** -0.5]
     angle = rng.uniform(0, 2 * np.pi)
@@ -113,12 +112,11 @@ def overlap(box, others):
 
 
 def silhouette(polygons):
-    """How opaque a creature is in each pixel, (SIZE, SIZE) in 0...255.  polygons: body, then strokes of limbs, in pairs."""
+    """How much of each pixel a creature covers, (SIZE, SIZE) in 0...255."""
     mask = Image.new("L", (SIZE * SUPERSAMPLE,) * 2)
     pen = ImageDraw.Draw(mask)
-    for n in range(len(polygons) - 1, -1, -1):               # the body last, over the limbs' roots
-        opaque = 1.0 if n == 0 else LIMB_OPACITY[(n - 1) % 2]
-        pen.polygon([(float(x), float(y)) for x, y in polygons[n] * SUPERSAMPLE], fill=round(255 * opaque))
+    for polygon in polygons:
+        pen.polygon([(float(x), float(y)) for x, y in polygon * SUPERSAMPLE], fill=255)
     return mask.reduce(SUPERSAMPLE)
 
 
@@ -158,7 +156,7 @@ def draw(seed, split, index):
             if overlap(placed, [o["box"] for o in objects]) >= MAX_IOU:
                 continue
             mask = silhouette([polygon + shift for polygon in polygons])
-            covers = np.asarray(mask) > 63
+            covers = np.asarray(mask) > 127
             if all((v & ~covers).sum() >= MIN_VISIBLE * o["area"] for v, o in zip(visible, objects)):
                 break
         else:
@@ -172,7 +170,7 @@ def draw(seed, split, index):
             colour = rng.uniform(0, 255, 3)
         picture.paste(tuple(int(c) for c in colour), mask=mask)
         objects.append({"kind": kind, "box": placed, "polygons": polygons,
-                        "area": float(covers.sum())})
+                        "area": float(np.asarray(mask, float).sum() / 255)})
     noisy = np.asarray(picture, np.float32) + rng.normal(0, 5, (SIZE, SIZE, 3)).astype(np.float32)
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), objects
 

@@ -10,6 +10,7 @@ Every flag has a default that suits the data set and the detector; what is in fo
 saved in OUT/args.json.  A run leaves in OUT:
 
     args.json         every effective flag, versions
+    training.png      some pictures as training sees them, with their target boxes
     log.csv           a row per logging step: losses, learning rate, gradient norm, seconds waiting for data
     eval.csv          a row per evaluation: AP and AP50 without and with NMS
     last.pt           the checkpoint: `--resume` goes on from it, `python evaluate.py --weights` scores it
@@ -438,6 +439,8 @@ def train(flags, checkpoint, rank, world, device):
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
         evaluate.write_json(out / "args.json", {**flags, "versions": versions(flags), "processes": world}, indent=1)
+        if not checkpoint:
+            figures.training_pictures(train_pictures, out / "training.png")
         log, eval_log = Log(out / "log.csv", first_step), Log(out / "eval.csv", first_step)
     say(headline(flags, len(train_set), len(train_set.class_names)))
     say("  " + "  ".join(f"{k}={v}" for k, v in sorted(flags.items()) if v is not None))
