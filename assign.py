@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from torchvision.ops import box_iou, generalized_box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 IGNORE = -1
 
@@ -56,8 +56,21 @@ def classification_cost(logits, labels, alpha=0.25, gamma=2.0, eps=1e-8):
     return as_object - as_background
 
 
-def l1_cost(boxes, gt, size):
-    """Sum of the four coordinate differences, in units of the image's width and height: C_L1 in Eq. 4."""
+def softmax_cost(logits, labels):
+    """DETR's classification cost: minus the probability of the object's class.
+
+    logits: (Q, C + 1), the last column "no object"   labels: (G,)   returns (Q, G).
+    """
+    return -logits.float().softmax(-1)[:, labels]
+
+
+def l1_cost(boxes, gt, size, centre=False):
+    """Sum of the four coordinate differences, in units of the image's width and height: C_L1 in Eq. 4.
+
+    Of the corners, or (`centre`, DETR and Deformable DETR) of centre, width and height.
+    """
+    if centre:
+        boxes, gt = (box_convert(b, "xyxy", "cxcywh") for b in (boxes, gt))
     scale = size.flip(0).repeat(2).to(gt)                            # w, h, w, h
     return torch.cdist(boxes / scale, gt / scale, p=1)
 
@@ -130,11 +143,11 @@ def fcos_area_cost(points, levels, gt, strides, radius=1.5):
 
 
 # the location cost of Eq. 4, for each kind of object candidate (Section 3.3) -----------------------
-# `one` holds the predictions of one image: logits, boxes, candidates, levels
+# `one` holds the predictions of one image: logits, boxes, candidates, levels, and how the detector scores (models.Prediction)
 
 def predicted_location(one, target, l1_weight=5.0, giou_weight=2.0):
     """Between predicted box and object: what all end-to-end rows of Table 2 use."""
-    return (l1_weight * l1_cost(one["boxes"], target["boxes"], target["size"])
+    return (l1_weight * l1_cost(one["boxes"], target["boxes"], target["size"], one.get("centre_l1", False))
             + giou_weight * giou_cost(one["boxes"], target["boxes"]))
 
 
@@ -158,7 +171,8 @@ def matching_cost(one, target, location=predicted_location, class_weight=2.0):
     """Eq. 5: C = lambda_cls * C_cls + C_loc.  (Q, G).  class_weight 0 is "location only" (Conclusion 3.1)."""
     cost = location(one, target)
     if class_weight:
-        cost = cost + class_weight * classification_cost(one["logits"], target["labels"])
+        labels = torch.zeros_like(target["labels"]) if one.get("class_agnostic") else target["labels"]
+        cost = cost + class_weight * (softmax_cost if one.get("softmax") else classification_cost)(one["logits"], labels)
     return cost
 
 
@@ -311,7 +325,8 @@ def match(prediction, targets, cost, assign):
         for layer in [prediction, *prediction.aux]:
             for n, target in enumerate(targets):
                 one = {"logits": layer.logits[n].float(), "boxes": layer.boxes[n].float(),
-                       "candidates": layer.candidates, "levels": layer.levels}
+                       "candidates": layer.candidates, "levels": layer.levels,
+                       "softmax": layer.softmax, "centre_l1": layer.centre_l1, "class_agnostic": layer.class_agnostic}
                 c = cost(one, target).float()
                 nan.append(c.isnan().any().float())
                 costs.append(cheapest(c) if assign is hungarian else c)

@@ -4,7 +4,7 @@
     python evaluate.py --weights onenet.pt --data coco --data-dir coco
 
 Knows, by their keys alone, the files of OneNet, of detectron2's and torchvision's RetinaNet and FCOS, of
-AdelaiDet's FCOS, of CenterNet, and ImageNet ResNets (torchvision .pth, detectron2 .pkl; for train.py
+AdelaiDet's FCOS, of CenterNet, DETR, Deformable DETR and Sparse R-CNN, and ImageNet ResNets (torchvision .pth, detectron2 .pkl; for train.py
 --backbone-weights).  A conversion is exact or it is an error: keys that are missing, left over, or of
 another shape are listed.  Files are read without running any code in them.
 """
@@ -72,8 +72,30 @@ CENTERNET_BETTER = [(r"^backbone\.stage0\.0\.", "backbone.body.conv1."), (r"^bac
                     (r"^head\.(cls|wh|reg)_head\.feat_conv", r"\1.0"), (r"^head\.(cls|wh|reg)_head\.out_conv", r"\1.2"),
                     (r"^cls\.", "hm."), *CENTERNET_HEADS]
 
+TRANSFORMER = [(r"^backbone\.0\.body\.", "backbone.body."), (r"^transformer\.(encoder|decoder)\.layers\.(\d)\.", r"\1.\2."),
+               (r"(?<=\d\.)linear(\d)\.", r"feed_forward.linear\1."), (r"^(encoder\.\d\.)self_attn\.", r"\1attention."),
+               (r"^(encoder\.\d\.)norm1\.", r"\1norm."), (r"^(encoder\.\d\.)norm2\.", r"\1feed_forward.norm."),
+               (r"^(decoder\.\d\.)self_attn\.", r"\1self_attention."), (r"^(decoder\.\d\.)(multihead|cross)_attn\.", r"\1cross."),
+               (r"^(decoder\.\d\.)norm3\.", r"\1feed_forward.norm."), (r"^class_embed", "score"), (r"^bbox_embed", "box"),
+               (r"(?<=box)(\.\d)?\.layers\.(\d)", lambda found: f"{found[1] or ''}.{2 * int(found[2])}"),
+               (r"^query_embed", "query"), (r"^input_proj", "project")]
+# DETR's decoder attends to itself first, Deformable DETR's to the image: their norms are numbered in that order
+DETR = [*TRANSFORMER, (r"^(decoder\.\d\.)norm1\.", r"\1self_norm."), (r"^(decoder\.\d\.)norm2\.", r"\1cross_norm."),
+        (r"^transformer\.decoder\.norm", "norm")]
+DEFORMABLE_DETR = [*TRANSFORMER, (r"^(decoder\.\d\.)norm1\.", r"\1cross_norm."), (r"^(decoder\.\d\.)norm2\.", r"\1self_norm."),
+                   (r"\.sampling_offsets\.", ".offset."), (r"\.attention_weights\.", ".weight."), (r"\.(value|output)_proj\.", r".\1."),
+                   (r"^transformer\.level_embed", "level"), (r"^transformer\.reference_points", "reference_points"),
+                   (r"^transformer\.enc_output", "proposal"), (r"^transformer\.pos_trans", "start")]
+SPARSE_RCNN = [(r"^backbone\.fpn_lateral(\d)", shifted("neck.lateral.{}", -2)), (r"^backbone\.fpn_output(\d)", shifted("neck.output.{}", -2)),
+               (r"^backbone\.bottom_up\.", "backbone.body."), *DETECTRON_RESNET, (r"^init_proposal_boxes", "boxes"),
+               (r"^init_proposal_features", "query"), (r"^head\.head_series\.", "stages."), (r"\.self_attn\.", ".attention."),
+               (r"\.inst_interact\.dynamic_layer\.", ".dynamic.write."), (r"\.inst_interact\.out_layer\.", ".dynamic.out."),
+               (r"\.inst_interact\.", ".dynamic."), (r"(?<=\d)\.linear(\d)\.", r".feed_forward.linear\1."),
+               (r"^(stages\.\d)\.norm3\.", r"\1.feed_forward.norm."), (r"\.cls_module\.", ".class_tower."), (r"\.reg_module\.", ".box_tower."),
+               (r"\.class_logits\.", ".score."), (r"\.bboxes_delta\.", ".delta.")]
+
 COCO_TEST, CENTERNET_TEST = {"shortest": [800], "longest": 1333}, {"shortest": [512], "longest": 853}
-CROWDHUMAN_TEST = {"shortest": [800], "longest": 1400}
+CROWDHUMAN_TEST, DETR_TEST = {"shortest": [800], "longest": 1400}, {"shortest": [800], "longest": 1333, "round_down": True}
 ORIGINAL_SIZE = {"shortest": [], "longest": 10 ** 9}
 
 # name, a key only it has, rules, and what to build (None: a backbone); the first that fits.  "resnet" is whose
@@ -96,6 +118,9 @@ LAYOUTS = [
      {"detector": "centernet", "original": True, "norm": "batch", "freeze": 0, "pixels": "bgr-unit"}, ORIGINAL_SIZE),
     ("CenterNet-better", "head.cls_head.out_conv.weight", CENTERNET_BETTER,
      {"detector": "centernet", "original": True, "norm": "batch", "freeze": 0}, ORIGINAL_SIZE),
+    ("Sparse R-CNN", "init_proposal_boxes.weight", SPARSE_RCNN, {"detector": "sparse-rcnn"}, COCO_TEST),
+    ("Deformable DETR", "transformer.level_embed", DEFORMABLE_DETR, {"detector": "deformable-detr"}, DETR_TEST),
+    ("DETR", "query_embed.weight", DETR, {"detector": "detr"}, DETR_TEST),
     ("detectron2 ResNet", "stem.conv1.weight", [*DETECTRON_RESNET, (r"^", "backbone.body.")], {"resnet": "msra"}, None),
     ("torchvision ResNet", "layer1.0.conv1.weight", [(r"^", "backbone.body.")], {}, None),
 ]
@@ -164,11 +189,28 @@ def fold_bias(weights):
         weights[mean] = weights[mean] - weights.pop(key)
 
 
-def choose_classes(weights, anchors):
-    """Outputs for COCO's 91 ids become outputs for its 80 classes; torchvision's RetinaNet has ids within anchors."""
-    for key in ("score.weight", "score.bias"):
-        w = weights[key].unflatten(0, (anchors, -1))                 # (A, 91, ...)
-        weights[key] = w[:, COCO_IDS].flatten(0, 1)
+def choose_classes(weights, classifiers, anchors):
+    """Outputs for COCO's 91 ids become outputs for its 80 classes; torchvision's RetinaNet has ids within anchors, DETR a
+    last output for "no object"."""
+    for key in classifiers:
+        w = weights[key].unflatten(0, (anchors, -1))                 # (A, 91 or 92, ...)
+        weights[key] = w[:, COCO_IDS + [91] * (w.shape[1] == 92)].flatten(0, 1)
+
+
+def query_options(weights, detector):
+    """What to build for a query detector's weights.  Deformable DETR's files repeat tensors that modules share."""
+    copies = sorted(k for k in weights if re.match(r"transformer\.decoder\.(class|bbox)_embed", k))
+    two_stage = "proposal.weight" in weights
+    for key in copies:
+        del weights[key]
+    options = {"queries": len(weights["query.weight"])} if "query.weight" in weights else {}
+    if detector == "deformable-detr":
+        options.update(refine=bool(copies), two_stage=two_stage)
+        if not copies:                                               # the base form: one head in six copies
+            for key in [k for k in weights if re.match(r"(score|box)\.[1-9]", k)]:
+                if not torch.equal(weights.pop(key), weights[re.sub(r"\.\d", ".0", key, count=1)]):
+                    raise CheckpointError(f"Deformable DETR without refinement, but {key} is not the copy of its first layer's")
+    return options
 
 
 def sizes_outer(weights):
@@ -206,12 +248,16 @@ def convert(weights, resnet=None):
         class_names = category_ids = None
     else:
         detector, anchors = build["detector"], 9 if build["detector"] == "retinanet" else 1
-        last = "score.2" if "score.2.weight" in weights else "score"
-        if f"{last}.weight" not in weights:
+        if detector not in models.DENSE:
+            build.update(query_options(weights, detector))
+        classifier = {"deformable-detr": r"score\.\d\.", "sparse-rcnn": r"stages\.\d\.score\."}.get(
+            detector, r"score\.2\." if "score.2.weight" in weights else r"score\.(?=weight|bias)")
+        classifiers = [k for k in weights if re.match(classifier, k)]
+        if not classifiers:
             raise CheckpointError(f"{layout}: its classifier is missing")
-        num_classes = len(weights[f"{last}.weight"]) // anchors
+        num_classes = len(weights[classifiers[0]]) // anchors - (detector == "detr")
         if num_classes == 91:
-            choose_classes(weights, anchors)
+            choose_classes(weights, classifiers, anchors)
             num_classes = 80
         if build.get("torchvision_grid") and detector == "retinanet":
             sizes_outer(weights)

@@ -9,7 +9,7 @@ finite gradients, for images without objects too.
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
 from assign import heat_map
 from models import get_deltas
@@ -52,20 +52,40 @@ def focal_loss(logits, index, labels, matches):
     return loss.sum()
 
 
+def softmax_loss(logits, index, labels, no_object=0.1):
+    """DETR's classification loss: cross entropy over C classes and "no object", which weighs a tenth; their weighted mean.
+
+    logits: (B, Q, C + 1)   index, labels: of the positives; all others are "no object".
+    """
+    target = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)
+    target[index] = labels
+    weight = logits.new_ones(logits.shape[2])
+    weight[-1] = no_object
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight)
+
+
 def set_loss(prediction, targets, matches, num_objects, class_weight=2.0, l1_weight=5.0, giou_weight=2.0):
     """Focal + L1 + GIoU of the matched pairs: the paper's training loss (Eq. 1).
 
     matches: as assign.match returns them, one list per layer; each layer pays the full loss
     num_objects: of the whole step, all processes together, divided by their number, at least 1
+
+    DETR's softmax loss is a mean over the queries of the micro-batch instead, with weight 1.
     """
     terms = {"class": 0.0, "l1": 0.0, "giou": 0.0}
     scale = torch.stack([t["size"].flip(0).repeat(2) for t in targets]).to(prediction.boxes)   # (B, 4) w, h, w, h
     for layer, layer_matches in zip([prediction, *prediction.aux], matches):
         index, gt, labels = positives(targets, layer_matches)
         boxes, size = layer.boxes[index], scale[index[0]]                                      # (K, 4)
-        terms["class"] += class_weight * focal_loss(layer.logits, index, labels, layer_matches) / num_objects
-        terms["l1"] += l1_weight * (boxes / size - gt / size).abs().sum() / num_objects
+        if layer.softmax:
+            terms["class"] += softmax_loss(layer.logits, index, labels)
+        else:
+            labels = torch.zeros_like(labels) if layer.class_agnostic else labels
+            terms["class"] += class_weight * focal_loss(layer.logits, index, labels, layer_matches) / num_objects
         terms["giou"] += giou_weight * generalized_box_iou_loss(boxes, gt, reduction="sum") / num_objects
+        if layer.centre_l1:
+            boxes, gt = (box_convert(b, "xyxy", "cxcywh") for b in (boxes, gt))
+        terms["l1"] += l1_weight * (boxes / size - gt / size).abs().sum() / num_objects
     return terms
 
 

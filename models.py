@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.ops import batched_nms, deform_conv2d
+from torchvision.ops import batched_nms, box_convert, deform_conv2d, roi_align
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)     # every class starts at a score of 0.01 (focal loss paper, 4.1)
@@ -40,6 +40,9 @@ class Prediction:
     levels: torch.Tensor | None = None      # (Q,) pyramid level of each candidate
     aux: list = field(default_factory=list)  # Predictions of earlier decoder layers, matched on their own
     raw: dict = field(default_factory=dict)  # what only the original one-to-many recipe needs
+    softmax: bool = False                   # DETR: scores are a softmax, the last column is "no object"
+    centre_l1: bool = False                 # DETR and Deformable DETR: L1 compares (cx, cy, w, h), not corners
+    class_agnostic: bool = False            # two-stage Deformable DETR's proposals: every object is of class 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,15 +132,15 @@ class ResNet(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 class FPN(nn.Module):
-    """Feature pyramid (Lin et al., 2017a) on the backbone's last three maps, plus `extra` coarser levels.
+    """Feature pyramid (Lin et al., 2017a) on the backbone's last three or four maps, plus `extra` coarser levels.
 
     With a ResNet these are P3, P4, P5, and with extra = 2 P6 and P7, which RetinaNet and OneNet's FCOS
-    take from C5 and the original FCOS from P5 (`extra_from`).
+    take from C5 and the original FCOS from P5 (`extra_from`).  Sparse R-CNN has P2 to P5.
     """
 
-    def __init__(self, backbone, width=256, extra=2, extra_from="c5"):
+    def __init__(self, backbone, width=256, extra=2, extra_from="c5", maps=3):
         super().__init__()
-        channels = backbone.channels[-3:]
+        channels = backbone.channels[-maps:]
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
         self.output = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels)
         self.extra_from = extra_from
@@ -147,17 +150,17 @@ class FPN(nn.Module):
             if isinstance(conv, nn.Conv2d):
                 nn.init.kaiming_uniform_(conv.weight, a=1)
                 nn.init.zeros_(conv.bias)
-        strides = list(backbone.strides[-3:])
+        strides = list(backbone.strides[-maps:])
         self.strides = tuple(strides + [strides[-1] * 2 ** (n + 1) for n in range(extra)])
 
     def forward(self, features):
-        c = features[-3:]
-        top = self.lateral[2](c[2])                                   # (B, width, H/32, W/32)
-        levels = [self.output[2](top)]
-        for lateral, output, x in zip(self.lateral[1::-1], self.output[1::-1], c[1::-1]):
+        c = features[-len(self.lateral):]
+        top = self.lateral[-1](c[-1])                                 # (B, width, H/32, W/32)
+        levels = [self.output[-1](top)]
+        for lateral, output, x in zip(self.lateral[-2::-1], self.output[-2::-1], c[-2::-1]):
             top = lateral(x) + F.interpolate(top, scale_factor=2.0, mode="nearest")
             levels.insert(0, output(top))
-        x = c[2] if self.extra_from == "c5" else levels[-1]
+        x = c[-1] if self.extra_from == "c5" else levels[-1]
         for n, conv in enumerate(self.extra):
             x = conv(F.relu(x) if n else x)                           # P6, then P7 on ReLU(P6)
             levels.append(x)
@@ -241,12 +244,12 @@ def torchvision_spacing(x, images):
 
 
 def apply_deltas(anchors, deltas, largest=math.log(1000 / 16)):
-    """Anchors (Q, 4) moved and scaled by (dx, dy, dw, dh) (..., Q, 4): boxes (..., Q, 4).
+    """Anchors (..., Q, 4) moved and scaled by (dx, dy, dw, dh) (..., Q, 4): boxes (..., Q, 4).
 
     dx, dy are in units of the anchor's size, dw, dh are logarithms, cut at `largest` so that exp stays finite.
     """
-    size = anchors[:, 2:] - anchors[:, :2]
-    centre = anchors[:, :2] + 0.5 * size + deltas[..., :2] * size
+    size = anchors[..., 2:] - anchors[..., :2]
+    centre = anchors[..., :2] + 0.5 * size + deltas[..., :2] * size
     half = 0.5 * deltas[..., 2:].clamp(max=largest).exp() * size
     return torch.cat([centre - half, centre + half], -1)
 
@@ -321,9 +324,11 @@ def to_original(detections, target):
 class Detector(nn.Module):
     """Normalises images on the device and runs the backbone; the sub-classes add neck and heads.
 
-    `candidates` says what the pre-defined object candidates are, "anchors" or "points" (Section 2.1).
+    `candidates` says what the pre-defined object candidates are, "anchors" or "points", if there are any (Section 2.1).
     pixels: what the backbone's weights were trained on, a key of PIXELS.
     """
+    candidates, original, strides = None, False, ()
+    slow = ()                                # parts of parameter names whose learning rate is a tenth
 
     def __init__(self, backbone, pixels="rgb"):
         super().__init__()
@@ -534,7 +539,398 @@ class CenterNet(Detector):
         return {"plain": plain, "nms": top_k(prediction.boxes[n], scores * peak, k), "box_nms": with_nms(*plain, 0.5, k)}
 
 
-DETECTORS = {"retinanet": RetinaNet, "centernet": CenterNet, "fcos": FCOS}
+# ------------------------------------------------------------------------------------------------
+# the query detectors: as many object candidates as there are learned queries, none of them pre-defined
+# ------------------------------------------------------------------------------------------------
+
+def image_scale(mask):
+    """Width, height, width, height of each image without its padding: (B, 1, 4)."""
+    return torch.stack([(~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)] * 2, 1)[:, None].float()
+
+
+def mask_like(mask, x):
+    """The padding mask (B, H, W) at the size of a feature map x, nearest neighbour as published."""
+    return F.interpolate(mask[None].float(), size=x.shape[-2:])[0].bool()
+
+
+def sine_code(position, width, temperature=10000):
+    """Numbers (...) in radians as vectors (..., width): sine and cosine in turn, at falling frequencies."""
+    frequency = temperature ** (torch.arange(0, width, 2, device=position.device) / width)
+    angle = position[..., None] / frequency                               # (..., width / 2)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
+def sine_position(mask, width, shift=0.0):
+    """Where each cell lies in its image: codes of y, then of x, each from 0 to 2 pi over the unpadded part.
+
+    mask: (B, H, W) true on padding   returns (B, HW, width)   shift: of the count of cells, -0.5 in Deformable DETR
+    """
+    y, x = (~mask).cumsum(1).float(), (~mask).cumsum(2).float()
+    y = (y + shift) / (y[:, -1:] + 1e-6) * 2 * math.pi
+    x = (x + shift) / (x[:, :, -1:] + 1e-6) * 2 * math.pi
+    return torch.cat([sine_code(y, width // 2), sine_code(x, width // 2)], -1).flatten(1, 2)
+
+
+def inverse_sigmoid(p, eps=1e-5):
+    p = p.clamp(0, 1)
+    return (p.clamp(min=eps) / (1 - p).clamp(min=eps)).log()
+
+
+def box_head(width):
+    """Three linear layers; four numbers a query."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+
+
+def from_layers(layers, scale, **kind):
+    """Predictions of all decoder layers, boxes as normalised (cx, cy, w, h); the last one carries the others as aux."""
+    layers = [Prediction(logits.float(), box_convert(boxes, "cxcywh", "xyxy") * scale, centre_l1=True, **kind)
+              for logits, boxes in layers]
+    layers[-1].aux = layers[:-1]
+    return layers[-1]
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width, hidden, dropout):
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(width)
+
+    def forward(self, x):
+        return self.norm(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
+class EncoderLayer(nn.Module):
+    """Cells attend to cells, then a feed-forward network; residuals, norms behind them ("post-norm")."""
+
+    def __init__(self, attention, width, hidden, dropout):
+        super().__init__()
+        self.attention, self.dropout, self.norm = attention, nn.Dropout(dropout), nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, hidden, dropout)
+
+    def forward(self, x, attend):             # x: (B, S, width); attend: says what the attention is given
+        return self.feed_forward(self.norm(x + self.dropout(attend(self.attention, x))))
+
+
+class DecoderLayer(nn.Module):
+    """Queries attend to queries, which is how they learn of each other, then to the image."""
+
+    def __init__(self, cross, width, heads, hidden, dropout):
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.cross, self.dropout = cross, nn.Dropout(dropout)
+        self.self_norm, self.cross_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, hidden, dropout)
+
+    def forward(self, h, position, attend):   # h, position: (B, Q, width)
+        q = h + position
+        h = self.self_norm(h + self.dropout(self.self_attention(q, q, h, need_weights=False)[0]))
+        h = self.cross_norm(h + self.dropout(attend(self.cross, h + position)))
+        return self.feed_forward(h)
+
+
+def xavier(module):
+    """Xavier-uniform for every matrix: how the three published transformers start."""
+    for p in module.parameters():
+        if p.dim() > 1:
+            nn.init.xavier_uniform_(p)
+
+
+class DETR(Detector):
+    """Carion et al., 2020: one coarse map, a transformer, softmax classes with a last one for "no object".
+
+    stride: of the map that is encoded (published: 32).
+    """
+
+    def __init__(self, backbone, num_classes, width=256, heads=8, layers=6, hidden=2048, dropout=0.1, queries=100,
+                 stride=32, pixels="rgb"):
+        super().__init__(backbone, pixels)
+        self.map = backbone.strides.index(stride)
+        self.project = nn.Conv2d(backbone.channels[self.map], width, 1)
+        self.encoder = nn.ModuleList(EncoderLayer(nn.MultiheadAttention(width, heads, dropout, batch_first=True), width, hidden, dropout)
+                                     for _ in range(layers))
+        self.decoder = nn.ModuleList(DecoderLayer(nn.MultiheadAttention(width, heads, dropout, batch_first=True), width, heads, hidden, dropout)
+                                     for _ in range(layers))
+        self.norm = nn.LayerNorm(width)                                   # shared: behind every decoder layer
+        self.query = nn.Embedding(queries, width)
+        xavier(self.encoder), xavier(self.decoder)
+        self.score, self.box = nn.Linear(width, num_classes + 1), box_head(width)
+
+    def forward(self, images, mask):
+        x = self.features(images, mask)[self.map]
+        small = mask_like(mask, x)
+        position, padding = sine_position(small, self.query.embedding_dim), small.flatten(1)
+        memory = self.project(x).flatten(2).mT                            # (B, HW, width)
+        for layer in self.encoder:
+            memory = layer(memory, lambda attention, y: attention(
+                y + position, y + position, y, key_padding_mask=padding, need_weights=False)[0])
+        query = self.query.weight.expand(len(x), -1, -1)                  # (B, Q, width)
+        h, layers = torch.zeros_like(query), []
+        for layer in self.decoder:
+            h = layer(h, query, lambda attention, q: attention(
+                q, memory + position, memory, key_padding_mask=padding, need_weights=False)[0])
+            y = self.norm(h)
+            layers.append((self.score(y), self.box(y).float().sigmoid()))
+        return from_layers(layers, image_scale(mask), softmax=True)
+
+    def detections(self, prediction, n, k=100):
+        """Each query's best class: at most one detection a query, without threshold."""
+        scores, labels = prediction.logits[n].softmax(-1)[:, :-1].max(-1)
+        scores, order = scores.topk(min(k, len(scores)))
+        plain = prediction.boxes[n][order], scores, labels[order]
+        return {"plain": plain, "nms": with_nms(*plain, 0.5, k)}
+
+
+def deformable_attention(value, shapes, where, weights):
+    """What each query finds where it looks: Eq. 3 of Deformable DETR, bilinear, zero outside the maps.
+
+    value: (B, S, H, D), all levels joined   shapes: (h, w) of each level   where: (B, Q, H, L, P, 2), x and y from 0 to 1
+    weights: (B, Q, H, L, P), sum 1 over L and P   returns (B, Q, H * D)
+    """
+    B, Q, H = where.shape[:3]
+    samples = []
+    for level, (v, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], 1), shapes)):
+        v = v.permute(0, 2, 3, 1).reshape(B * H, -1, h, w)                # (BH, D, h, w)
+        grid = 2 * where[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1                      # (BH, Q, P, 2)
+        samples.append(F.grid_sample(v, grid, mode="bilinear", padding_mode="zeros", align_corners=False))   # (BH, D, Q, P)
+    weights = weights.transpose(1, 2).reshape(B * H, 1, Q, -1)            # (BH, 1, Q, LP)
+    return (torch.cat(samples, -1) * weights).sum(-1).view(B, -1, Q).mT
+
+
+class DeformableAttention(nn.Module):
+    """Zhu et al., 2021: each query and head looks at a few points a level around its reference, not at every cell."""
+
+    def __init__(self, width, heads, levels, points):
+        super().__init__()
+        self.shape = (heads, levels, points)
+        self.offset = nn.Linear(width, heads * levels * points * 2)
+        self.weight = nn.Linear(width, heads * levels * points)
+        self.value, self.output = nn.Linear(width, width), nn.Linear(width, width)
+
+    def reset(self):
+        """Offsets start as a star: head h looks in direction h, point p at p cells' distance."""
+        heads, levels, points = self.shape
+        angle = torch.arange(heads) * 2 * math.pi / heads
+        star = torch.stack([angle.cos(), angle.sin()], -1)
+        star = star / star.abs().amax(-1, keepdim=True)                   # on the unit square
+        star = star.view(heads, 1, 1, 2) * torch.arange(1, points + 1).view(1, 1, points, 1)
+        nn.init.zeros_(self.offset.weight), nn.init.zeros_(self.weight.weight), nn.init.zeros_(self.weight.bias)
+        with torch.no_grad():
+            self.offset.bias.copy_(star.expand(heads, levels, points, 2).flatten())
+        nn.init.zeros_(self.value.bias), nn.init.zeros_(self.output.bias)
+
+    def forward(self, query, reference, memory, shapes, padding):
+        """query: (B, Q, width)   reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes, normalised   memory: (B, S, width)"""
+        heads, levels, points = self.shape
+        value = self.value(memory).masked_fill(padding[..., None], 0).unflatten(-1, (heads, -1))       # (B, S, H, D)
+        offset = self.offset(query).float().unflatten(-1, (heads, levels, points, 2))                  # (B, Q, H, L, P, 2)
+        weight = self.weight(query).float().unflatten(-1, (heads, -1)).softmax(-1).unflatten(-1, (levels, points))
+        at = reference[:, :, None, :, None]                                                            # (B, Q, 1, L, 1, 2 or 4)
+        if reference.shape[-1] == 2:          # offsets in cells of each level
+            where = at + offset / offset.new_tensor([(w, h) for h, w in shapes])[:, None]
+        else:                                 # in shares of the box: the outermost point at half its size
+            where = at[..., :2] + offset / points * at[..., 2:] * 0.5
+        with torch.autocast(query.device.type, enabled=False):            # grid_sample mixes no types
+            found = deformable_attention(value.to(offset.dtype), shapes, where, weight)
+        return self.output(found)
+
+
+class DeformableDETR(Detector):
+    """Zhu et al., 2021: DETR on several levels with deformable attention, and sigmoid classes.
+
+    refine: each decoder layer corrects the boxes of the one before, with heads of its own.
+    two_stage (with refine): the queries start from the best of the encoder's own boxes.
+    """
+    slow = ("reference_points", "attention.offset", "cross.offset")
+
+    def __init__(self, backbone, num_classes, width=256, heads=8, layers=6, hidden=1024, dropout=0.1, queries=300, levels=4,
+                 points=4, refine=False, two_stage=False, pixels="rgb"):
+        super().__init__(backbone, pixels)
+        self.queries, self.refine, self.two_stage = queries, refine or two_stage, two_stage
+        maps = backbone.channels[-min(levels, 3):]
+        self.project = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 1), nn.GroupNorm(32, width)) for c in maps)
+        for n in range(levels - len(maps)):   # more levels: from C5, not from its projection
+            self.project.append(nn.Sequential(nn.Conv2d(width if n else maps[-1], width, 3, 2, 1), nn.GroupNorm(32, width)))
+        self.level = nn.Parameter(torch.randn(levels, width))
+        attention = lambda: DeformableAttention(width, heads, levels, points)
+        self.encoder = nn.ModuleList(EncoderLayer(attention(), width, hidden, dropout) for _ in range(layers))
+        self.decoder = nn.ModuleList(DecoderLayer(attention(), width, heads, hidden, dropout) for _ in range(layers))
+        copies = layers + two_stage if self.refine else 1                 # one of each serves all layers of the base form
+        self.score = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(copies))
+        self.box = nn.ModuleList(box_head(width) for _ in range(copies))
+        if two_stage:
+            self.proposal, self.proposal_norm = nn.Linear(width, width), nn.LayerNorm(width)
+            self.start, self.start_norm = nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width)
+        else:
+            self.query, self.reference_points = nn.Embedding(queries, 2 * width), nn.Linear(width, 2)
+        self.initialise()
+
+    def initialise(self):
+        transformer = [self.encoder, self.decoder, *([self.proposal, self.start] if self.two_stage else [self.reference_points])]
+        for part in transformer:
+            xavier(part)
+        for m in self.modules():
+            if isinstance(m, DeformableAttention):
+                m.reset()
+        for conv, _ in self.project:
+            nn.init.xavier_uniform_(conv.weight), nn.init.zeros_(conv.bias)
+        if not self.two_stage:
+            nn.init.zeros_(self.reference_points.bias)
+        for n, (score, box) in enumerate(zip(self.score, self.box)):
+            nn.init.constant_(score.bias, PRIOR_BIAS)
+            nn.init.zeros_(box[-1].weight), nn.init.zeros_(box[-1].bias)
+            if n == 0 and not self.two_stage:
+                nn.init.constant_(box[-1].bias[2:], -2.0)                 # first boxes an eighth of the image wide
+
+    def maps(self, images, mask):
+        """Projected maps of all levels, joined: memory, position, padding (B, S, ...), shapes, and each level's valid
+        share (B, L, 2) along x and y."""
+        features = self.features(images, mask)[-min(len(self.project), 3):]
+        xs = [project(x) for project, x in zip(self.project, features)]
+        for n, project in enumerate(self.project[len(features):]):
+            xs.append(project(xs[-1] if n else features[-1]))
+        masks = [mask_like(mask, x) for x in xs]
+        position = torch.cat([sine_position(m, self.level.shape[1], -0.5) + level for m, level in zip(masks, self.level)], 1)
+        valid = torch.stack([torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], -1) for m in masks], 1)
+        return (torch.cat([x.flatten(2).mT for x in xs], 1), position, torch.cat([m.flatten(1) for m in masks], 1),
+                [x.shape[-2:] for x in xs], valid)
+
+    def forward(self, images, mask):
+        memory, position, padding, shapes, valid = self.maps(images, mask)
+        # centres of the cells, as shares of the unpadded image, then seen from every level
+        centres = [grid_points(torch.empty(h, w, device=memory.device), 1, 0.5) / (valid[:, None, n] * valid.new_tensor([w, h]))
+                   for n, (h, w) in enumerate(shapes)]
+        reference = torch.cat(centres, 1)[:, :, None] * valid[:, None]    # (B, S, L, 2)
+        for layer in self.encoder:
+            memory = layer(memory, lambda attention, y: attention(y + position, reference, y, shapes, padding))
+
+        layers = []
+        if self.two_stage:
+            h, query, box, first = self.proposals(memory, padding, centres)
+        else:
+            query, h = self.query.weight.expand(len(memory), -1, -1).chunk(2, -1)               # (B, Q, width)
+            box = self.reference_points(query).float().sigmoid()                                # (B, Q, 2), later 4
+        for n, layer in enumerate(self.decoder):
+            seen = box[:, :, None] * valid.repeat(1, 1, box.shape[-1] // 2)[:, None]            # (B, Q, L, 2 or 4)
+            h = layer(h, query, lambda attention, q: attention(q, seen, memory, shapes, padding))
+            score, head = self.score[n % len(self.score)], self.box[n % len(self.box)]
+            correction = head(h).float()                                                        # (B, Q, 4)
+            at = F.pad(inverse_sigmoid(box), (0, 4 - box.shape[-1]))
+            layers.append((score(h), (correction + at).sigmoid()))
+            if self.refine:
+                box = layers[-1][1].detach()
+        prediction = from_layers(layers, image_scale(mask))
+        if self.two_stage:                    # the encoder's own boxes learn to be objects, of whatever class
+            prediction.aux.append(from_layers([first], image_scale(mask), class_agnostic=True))
+        return prediction
+
+    def proposals(self, memory, padding, centres):
+        """Two-stage: every cell of every level proposes a box; the best become references and queries."""
+        start = torch.cat([torch.cat([c, torch.full_like(c, 0.05 * 2 ** n)], -1) for n, c in enumerate(centres)], 1)  # (B, S, 4)
+        usable = ((start > 0.01) & (start < 0.99)).all(-1, keepdim=True) & ~padding[..., None]
+        y = self.proposal_norm(self.proposal(memory.masked_fill(~usable, 0)))
+        scores = self.score[-1](y)
+        boxes = self.box[-1](y).float() + (start / (1 - start)).log().masked_fill(~usable, math.inf)
+        best = scores[..., 0].topk(min(self.queries, scores.shape[1]), 1).indices[..., None]    # class 0 stands for any
+        chosen = boxes.gather(1, best.expand(-1, -1, 4)).detach().sigmoid()
+        code = sine_code(chosen * 2 * math.pi, self.level.shape[1] // 2).flatten(-2)            # (B, Q, 2 width)
+        query, h = self.start_norm(self.start(code)).chunk(2, -1)
+        return h, query, chosen, (scores, boxes.sigmoid())
+
+    def detections(self, prediction, n, k=100):
+        return end_to_end_detections(prediction, n, k)
+
+
+class DynamicConv(nn.Module):
+    """Sparse R-CNN's interaction: a proposal's feature writes two 1x1 convolutions for its own region."""
+
+    def __init__(self, width, hidden=64, size=7):
+        super().__init__()
+        self.hidden, self.write = hidden, nn.Linear(width, 2 * width * hidden)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(hidden), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.out = nn.Linear(width * size ** 2, width)
+
+    def forward(self, h, region):             # h: (N, width), region: (N, 49, width)
+        first, second = self.write(h).chunk(2, -1)
+        x = F.relu(self.norm1(region @ first.unflatten(-1, (-1, self.hidden))))                 # (N, 49, 64)
+        x = F.relu(self.norm2(x @ second.unflatten(-1, (self.hidden, -1))))                     # (N, 49, width)
+        return F.relu(self.norm3(self.out(x.flatten(1))))
+
+
+def region_levels(boxes, size=224, levels=4):
+    """Which pyramid level a box is cut from (FPN paper, Eq. 1): sides of `size` from the third, half as large from the second."""
+    side = (boxes[..., 2:] - boxes[..., :2]).prod(-1).clamp(min=0).sqrt()
+    return (2 + (side / size + 1e-8).log2()).floor().clamp(0, levels - 1).long()
+
+
+def region_features(features, strides, boxes, size=224):
+    """RoIAlign, 7x7 cells of 2x2 samples: boxes (B, Q, 4) to (BQ, width, 7, 7)."""
+    image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
+    rois = torch.cat([image[:, None].to(boxes), boxes.flatten(0, 1)], 1)                        # (BQ, 5)
+    level = region_levels(rois[:, 1:], size, len(features))
+    out = boxes.new_zeros(len(rois), features[0].shape[1], 7, 7)
+    for n, (x, stride) in enumerate(zip(features, strides)):
+        at = (level == n).nonzero()[:, 0]
+        out = out.index_copy(0, at, roi_align(x.to(boxes.dtype), rois[at], 7, 1 / stride, sampling_ratio=2, aligned=True))
+    return out
+
+
+class Stage(nn.Module):
+    """One of Sparse R-CNN's stages: proposals attend to each other, look at their regions, classify and move."""
+
+    def __init__(self, width, num_classes, heads, hidden, dynamic):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dynamic, self.feed_forward = DynamicConv(width, dynamic), FeedForward(width, hidden, 0.0)
+        branch = lambda depth: nn.Sequential(*[layer for _ in range(depth) for layer in (
+            nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU())])
+        self.class_tower, self.box_tower = branch(1), branch(3)
+        self.score, self.delta = nn.Linear(width, num_classes), nn.Linear(width, 4)
+        xavier(self)
+        nn.init.constant_(self.score.bias, PRIOR_BIAS)
+
+    def forward(self, h, boxes, regions):     # (B, Q, width), (B, Q, 4), (BQ, width, 7, 7)
+        h = self.norm1(h + self.attention(h, h, h, need_weights=False)[0])
+        h = self.norm2(h + self.dynamic(h.flatten(0, 1), regions.flatten(2).mT).view_as(h))
+        h = self.feed_forward(h)
+        deltas = self.delta(self.box_tower(h)).float() / boxes.new_tensor([2.0, 2.0, 1.0, 1.0])
+        boxes = apply_deltas(boxes, deltas, largest=math.log(100000 / 16))
+        return h, self.score(self.class_tower(h)).float(), boxes
+
+
+class SparseRCNN(Detector):
+    """Sun et al., 2021b: learned proposal boxes and features, refined in stages.
+
+    roi_size: side of the boxes that are cut from the third level, P4 (published: 224, for images of 800 pixels).
+    """
+
+    def __init__(self, backbone, num_classes, width=256, heads=8, layers=6, hidden=2048, dynamic=64, queries=300, roi_size=224,
+                 pixels="rgb"):
+        super().__init__(backbone, pixels)
+        self.roi_size, self.neck = roi_size, FPN(backbone, width, extra=0, maps=4)
+        self.boxes, self.query = nn.Embedding(queries, 4), nn.Embedding(queries, width)
+        with torch.no_grad():
+            self.boxes.weight.copy_(torch.tensor([0.5, 0.5, 1.0, 1.0]))   # cx, cy, w, h: the whole image
+        self.stages = nn.ModuleList(Stage(width, num_classes, heads, hidden, dynamic) for _ in range(layers))
+
+    def forward(self, images, mask):
+        features = self.neck(self.features(images, mask))
+        boxes = box_convert(self.boxes.weight, "cxcywh", "xyxy") * image_scale(mask)            # (B, Q, 4)
+        h, layers = self.query.weight.expand(len(images), -1, -1), []
+        for stage in self.stages:
+            h, logits, boxes = stage(h, boxes, region_features(features, self.neck.strides, boxes, self.roi_size))
+            layers.append(Prediction(logits, boxes))
+            boxes = boxes.detach()            # each stage learns its own correction
+        layers[-1].aux = layers[:-1]
+        return layers[-1]
+
+    def detections(self, prediction, n, k=100):
+        return end_to_end_detections(prediction, n, k)
+
+
+DENSE = ("retinanet", "centernet", "fcos")
+DETECTORS = {"retinanet": RetinaNet, "centernet": CenterNet, "fcos": FCOS,
+             "detr": DETR, "deformable-detr": DeformableDETR, "sparse-rcnn": SparseRCNN}
 BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
 
 
@@ -545,9 +941,9 @@ def build(detector, num_classes, backbone, original=False, norm="frozen", freeze
     These arguments are all that a checkpoint needs to hold beside the weights.
     """
     msra = backbone != "tiny" and resnet == "msra"
-    options = {"pixels": "bgr" if msra else "rgb", **options}
+    options = {"pixels": "bgr" if msra else "rgb", **({"original": True} if original else {}), **options}
     body = Tiny() if backbone == "tiny" else ResNet(backbone, norm, freeze, stride_in_1x1=msra)
-    model = DETECTORS[detector](body, num_classes, original=original, **options)
+    model = DETECTORS[detector](body, num_classes, **options)
     return model.to(memory_format=torch.channels_last)
 
 

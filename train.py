@@ -70,7 +70,9 @@ EVERYWHERE = {"assign": "hungarian", "location_cost": "predicted", "class_cost":
               "weight_decay": 1e-4, "backbone_lr_factor": 1.0, "clip_grad": 0.0, "flip": 0.5, "crop": 0.0,
               "max_dets": 100, "warmup_steps": 0, "warmup_factor": 0.01, "milestones": [], "backbone_weights": "none",
               "deform": False, "drop_bad_boxes": False, "box_prior": 0.0, "tower_norm": False,
-              "neck_widths": [256, 128, 64], "anchor_scales": 3, "delta_weights": [1.0, 1.0, 1.0, 1.0], "resnet": "torchvision", "skip_empty": False, "square": 0, "colours": 0.0}
+              "neck_widths": [256, 128, 64], "anchor_scales": 3, "delta_weights": [1.0, 1.0, 1.0, 1.0], "resnet": "torchvision", "skip_empty": False, "square": 0, "colours": 0.0,
+              "round_down": False, "layers": 6, "hidden": 2048, "dropout": 0.1, "queries": 100, "stride": 32, "levels": 4, "refine": False,
+              "two_stage": False, "roi_size": 224, "dynamic": 64}
 
 # 3.5, 4.6 and 5.2 of the published configurations: OneNet's code, "3x"
 ONENET = {"steps": 270_000, "batch_size": 16, "optimizer": "adamw", "lr": 4e-5, "schedule": "step", "milestones": [210_000, 250_000],
@@ -84,6 +86,13 @@ ORIGINAL = {"steps": 90_000, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "
 ORIGINAL_CENTERNET = {**ORIGINAL, "steps": 126_000, "batch_size": 128, "lr": 0.02, "milestones": [81_000, 108_000], "square": 512,
                       "colours": 0.4, "test_size": 0, "skip_empty": False}
 
+# 6 and 7: DETR's 300 and Deformable DETR's 50 epochs; both resize in DETR's way
+DETR = {"steps": 554_400, "batch_size": 64, "lr": 1e-4, "backbone_lr_factor": 0.1, "milestones": [369_600], "warmup_steps": 0, "clip_grad": 0.1,
+        "train_sizes": list(range(480, 801, 32)), "train_longest": 1333, "round_down": True, "class_cost": 1.0}
+DEFORMABLE_DETR = {**DETR, "steps": 184_850, "batch_size": 32, "lr": 2e-4, "milestones": [147_880], "class_cost": 2.0, "hidden": 1024, "queries": 300}
+# 8: with 300 proposals
+SPARSE_RCNN = {"lr": 2.5e-5, "train_sizes": list(range(480, 801, 32)), "train_longest": 1333, "queries": 300}
+
 RECIPES = {
     # chosen as a demonstration for two CPU cores; all rows of a detector share everything but the row's flags
     "scenes": {
@@ -93,6 +102,9 @@ RECIPES = {
         "fcos": {"box_prior": 3.0},
         "retinanet": {"tower_norm": True, "anchor_scales": 1, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
         "centernet": {"box_prior": 12.0, "neck_widths": [128, 64], "steps": 5000},
+        "detr": {"class_cost": 1.0, "stride": 16, "width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "queries": 25, "steps": 9000},
+        "deformable-detr": {"width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "queries": 50, "levels": 3, "refine": True, "steps": 4500},
+        "sparse-rcnn": {"width": 128, "layers": 3, "hidden": 256, "queries": 50, "roi_size": 32, "dynamic": 32, "steps": 4500},
     },
     # for a few hundred photographs on the same machine; a GPU wants --backbone resnet50 --backbone-weights imagenet
     "custom": {
@@ -101,6 +113,9 @@ RECIPES = {
              "train_longest": 448, "test_size": 256, "test_longest": 448, "workers": 0, "precision": "auto"},
         "fcos": {"box_prior": 3.0}, "retinanet": {"tower_norm": True, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
         "centernet": {"box_prior": 12.0, "neck_widths": [128, 64]},
+        "detr": {"class_cost": 1.0, "stride": 16, "width": 128, "layers": 3, "hidden": 256, "dropout": 0.0},
+        "deformable-detr": {"width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "levels": 3, "refine": True},
+        "sparse-rcnn": {"width": 128, "layers": 3, "hidden": 256, "roi_size": 64, "dynamic": 32},
     },
     "coco": {
         "": {"backbone": "resnet50", "width": 256, "depth": 4, "extra_levels": 2, "workers": 4, "test_size": 800, "test_longest": 1333,
@@ -110,6 +125,9 @@ RECIPES = {
         "retinanet one-to-many": ORIGINAL,
         "fcos one-to-many": {**ORIGINAL, "train_sizes": [800]},
         "centernet one-to-many": ORIGINAL_CENTERNET,
+        "detr": DETR,
+        "deformable-detr": DEFORMABLE_DETR,
+        "sparse-rcnn": SPARSE_RCNN,
     },
 }
 
@@ -129,7 +147,7 @@ def make_parser():
     g.add_argument("--backbone-weights", metavar="W", help="none, imagenet (torchvision's), or a file: a torchvision ResNet or a last.pt")
     g.add_argument("--resnet", choices=("torchvision", "msra"), help="whose pre-trained ResNet: torchvision's (RGB, default), or MSRA's (BGR, stride in the "
                    "first 1x1), which detectron2's and AdelaiDet's one-to-many figures were made with; give its file, converted, as --backbone-weights")
-    g.add_argument("--width", type=int, metavar="N", help="channels of pyramid and towers (RetinaNet, FCOS)")
+    g.add_argument("--width", type=int, metavar="N", help="channels of pyramid and towers (RetinaNet, FCOS), or of the queries")
     g.add_argument("--depth", type=int, metavar="N", help="convolutions in a tower (RetinaNet, FCOS)")
     g.add_argument("--extra-levels", type=int, metavar="N", help="pyramid levels above the backbone's last map (2 gives P6 and P7)")
     g.add_argument("--neck-widths", type=int, nargs="+", metavar="N", help="channels of CenterNet's steps up from stride 32: three "
@@ -141,17 +159,29 @@ def make_parser():
     g.add_argument("--tower-norm", action=argparse.BooleanOptionalAction, default=None, help="group norm in RetinaNet's towers (scenes: yes; published: no)")
     g.add_argument("--box-prior", type=float, metavar="D", help="distance from point to box side before training: FCOS in strides (scenes: 3), CenterNet "
                    "in pixels (scenes: 12); published: 0, where half of the outputs start behind their ReLU")
+    g = parser.add_argument_group("query detectors: DETR, Deformable DETR, Sparse R-CNN")
+    g.add_argument("--queries", type=int, metavar="N", help="object queries, or proposals (published: 100, 300, 300)")
+    g.add_argument("--layers", type=int, metavar="N", help="encoder and decoder layers, or stages (published: 6)")
+    g.add_argument("--hidden", type=int, metavar="N", help="width of the feed-forward networks (published: 2048, 1024, 2048)")
+    g.add_argument("--dropout", type=float, metavar="P", help="in the transformers (published: 0.1; scenes: 0)")
+    g.add_argument("--stride", type=int, choices=(8, 16, 32), help="DETR: stride of the map that is encoded (published: 32; scenes: 16)")
+    g.add_argument("--levels", type=int, metavar="N", help="Deformable DETR: levels of the pyramid (published: 4)")
+    g.add_argument("--refine", action=argparse.BooleanOptionalAction, default=None, help="Deformable DETR: each layer corrects the boxes of the last")
+    g.add_argument("--two-stage", action=argparse.BooleanOptionalAction, default=None, help="Deformable DETR: queries start from the encoder's own boxes")
+    g.add_argument("--roi-size", type=int, metavar="N", help="Sparse R-CNN: boxes of this side are cut from the third level (published: 224; scenes: 32)")
+    g.add_argument("--dynamic", type=int, metavar="N", help="Sparse R-CNN: inner width of the dynamic convolution (published: 64)")
     g = parser.add_argument_group("positive samples (Section 3.2, Table 1)")
     g.add_argument("--assign", metavar="A", help="one-to-many: the detector's original rule, form and losses; hungarian (default): one-to-one; "
                    "or another strategy: min-cost, top-k, one-to-many-iou, one-to-many-points, my.py:my_function")
     g = parser.add_argument_group("matching cost (Section 3.3, Table 2)")
-    g.add_argument("--class-cost", type=float, metavar="W", help="weight of the classification cost (default 2); 0 gives the 'location only' rows, "
+    g.add_argument("--class-cost", type=float, metavar="W", help="weight of the classification cost (default 2, DETR 1); 0 gives the 'location only' rows, "
                    "where duplicates return")
     g.add_argument("--location-cost", choices=("predefined", "predicted"), help="between objects and anchors or points, or predicted boxes (default)")
     g = parser.add_argument_group("data")
     data.add_data_flags(g)
     g.add_argument("--train-sizes", type=int, nargs="+", metavar="N", help="shorter sides to choose from in training, pixels")
     g.add_argument("--train-longest", type=int, metavar="N", help="limit of the longer side in training")
+    g.add_argument("--round-down", action=argparse.BooleanOptionalAction, default=None, help="resize as DETR does, the longer side rounded down")
     g.add_argument("--square", type=int, metavar="N", help="cut squares of random place and size and scale them to N pixels instead, as the original "
                    "CenterNet does (coco, its one-to-many recipe: 512; else 0, off)")
     g.add_argument("--colours", type=float, metavar="S", help="vary brightness, contrast and saturation by up to this share (coco, CenterNet one-to-many: 0.4)")
@@ -231,6 +261,9 @@ def check_flags(flags, world):
     if flags["batch_size"] % (world * flags["accumulate"]):
         raise UsageError(f"--batch-size {flags['batch_size']}: must be a multiple of {world} process(es) x {flags['accumulate']} "
                          f"micro-batch(es)")
+    if flags["detector"] not in models.DENSE and (flags["assign"] == "one-to-many" or flags["location_cost"] == "predefined"):
+        raise UsageError(f"--detector {flags['detector']} has learned object candidates: it knows neither --assign one-to-many nor "
+                         f"--location-cost predefined")
     if flags["assign"] == "one-to-many" and (flags["class_cost"], flags["location_cost"]) != (
             EVERYWHERE["class_cost"], EVERYWHERE["location_cost"]):
         raise UsageError("--assign one-to-many is the detector's original rule; --class-cost and --location-cost do not apply to it")
@@ -238,7 +271,8 @@ def check_flags(flags, world):
 
 def headline(flags, num_pictures, num_classes):
     """What this run trains, in the paper's words."""
-    name = {"fcos": "FCOS", "retinanet": "RetinaNet", "centernet": "CenterNet"}[flags["detector"]]
+    name = {"fcos": "FCOS", "retinanet": "RetinaNet", "centernet": "CenterNet", "detr": "DETR", "deformable-detr": "Deformable DETR",
+            "sparse-rcnn": "Sparse R-CNN"}[flags["detector"]]
     if flags["assign"] == "one-to-many":
         rule = "its original one-to-many assignment and losses"
     else:
@@ -261,22 +295,23 @@ def run_name(flags):
 
 def build_arguments(flags, num_classes):
     """What models.build needs; it travels in the checkpoint."""
-    build = {"detector": flags["detector"], "num_classes": num_classes, "backbone": flags["backbone"],
-             "original": flags["assign"] == "one-to-many"}
+    detector = flags["detector"]
+    build = {"detector": detector, "num_classes": num_classes, "backbone": flags["backbone"], "original": flags["assign"] == "one-to-many"}
     if flags["backbone"] != "tiny":
         # without pre-trained weights there is nothing to freeze; CenterNet trains all of it, norms too
         train_all = flags["backbone_weights"] == "none" or flags["detector"] == "centernet"
         build.update(norm="batch" if train_all else "frozen", freeze=0 if train_all else 2, resnet=flags["resnet"])
-    if flags["detector"] == "retinanet":
-        build.update(tower_norm=flags["tower_norm"], scales=flags["anchor_scales"], delta_weights=tuple(flags["delta_weights"]))
-    else:
-        build["box_prior"] = flags["box_prior"]
-    if flags["detector"] == "centernet":
-        build["deform"] = flags["deform"]
-        build["widths"] = tuple(flags["neck_widths"])
-    else:
+    own = {"retinanet": {"tower_norm": flags["tower_norm"], "scales": flags["anchor_scales"], "delta_weights": tuple(flags["delta_weights"])},
+           "fcos": {"box_prior": flags["box_prior"]},
+           "centernet": {"box_prior": flags["box_prior"], "deform": flags["deform"], "widths": tuple(flags["neck_widths"])},
+           "detr": {"dropout": flags["dropout"], "stride": flags["stride"]},
+           "deformable-detr": {name: flags[name] for name in ("dropout", "levels", "refine", "two_stage")},
+           "sparse-rcnn": {"roi_size": flags["roi_size"], "dynamic": flags["dynamic"]}}
+    if detector in ("retinanet", "fcos"):
         build.update(width=flags["width"], depth=flags["depth"], extra=flags["extra_levels"])
-    return build
+    elif detector not in models.DENSE:
+        build.update({name: flags[name] for name in ("width", "layers", "hidden", "queries")})
+    return {**build, **own[detector]}
 
 
 def make_cost(model, flags):
@@ -316,7 +351,7 @@ def make_optimizer(model, flags, device):
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            factor = flags["backbone_lr_factor"] if name.startswith("backbone.") else 1.0
+            factor = flags["backbone_lr_factor"] if name.startswith("backbone.") else 0.1 if any(part in name for part in model.slow) else 1.0
             decay = 0.0 if flags["optimizer"] == "sgd" and id(p) in norms else flags["weight_decay"]
             groups.setdefault((factor, decay, name.startswith("backbone.")), []).append(p)
     groups = [{"params": ps, "lr": flags["lr"] * factor, "peak": flags["lr"] * factor, "weight_decay": decay}
@@ -403,8 +438,8 @@ def train(flags, checkpoint, rank, world, device):
     if train_set.class_names != val_set.class_names:
         raise data.DataError(f"{val_files[0]}: its classes {val_set.class_names} are not those of {train_files[0]}: {train_set.class_names}")
 
-    test_transform = {"shortest": [flags["test_size"]] if flags["test_size"] else [], "longest": flags["test_longest"]}
-    transform = data.Transform(flags["train_sizes"], flags["train_longest"], flags["flip"], flags["crop"], square=flags["square"], colours=flags["colours"])
+    test_transform = {"shortest": [flags["test_size"]] if flags["test_size"] else [], "longest": flags["test_longest"], "round_down": flags["round_down"]}
+    transform = data.Transform(flags["train_sizes"], flags["train_longest"], flags["flip"], flags["crop"], flags["round_down"], square=flags["square"], colours=flags["colours"])
     train_pictures = data.Pictures(train_set, transform, flags["seed"])
     val_pictures = data.Pictures(val_set, data.Transform(**test_transform))
 
@@ -521,8 +556,8 @@ def train(flags, checkpoint, rank, world, device):
                         raise TrainingStopped(f"step {step}: {error}") from error
                     if n == 0 and pending:                           # matching has just waited for the device: reading costs nothing
                         stop = read(pending)["interrupted"] > 0
-                    if model.original:                               # normalised per micro-batch: take their mean
-                        terms = {k: v / len(micro_batches) for k, v in terms.items()}
+                    if model.original or prediction.softmax:         # normalised per micro-batch: take their mean
+                        terms = {k: v / len(micro_batches) if model.original or k == "class" else v for k, v in terms.items()}
                     sum(terms.values()).backward()
                 for k, v in terms.items():
                     totals[k] = totals.get(k, 0) + v.detach()

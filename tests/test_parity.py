@@ -47,16 +47,27 @@ def value(key, shape, keys):
         return torch.tensor(0)
     if kind in ("running_mean", "running_var"):
         return 0.1 * z if kind == "running_mean" else 1 + 0.2 * z.abs()
-    classifier = name.endswith(("cls_score", "cls_logits"))
+    classifier = name.endswith(("cls_score", "cls_logits", "class_logits", "class_embed")) or re.search(r"class_embed\.\d$", name)
+    if name == "init_proposal_boxes":
+        return z.sigmoid()
+    if name in ("query_embed", "init_proposal_features") or kind == "level_embed":
+        return z
     if kind == "bias":
-        if classifier:
+        if classifier and name != "class_embed":             # DETR's class_embed is a softmax, without a prior
             return -math.log(99) + 0.1 * z
         if name.endswith("ltrb_pred"):
             return 12 + 2 * z if centernet else 2 + 0.3 * z
+        if name.endswith("sampling_offsets"):
+            return 2 * z
         return 2 + 0.3 * z if fcos and name.endswith(("bbox_pred", "bbox_reg")) else 0.05 * z
-    if len(shape) == 1:                                      # norms, FCOS's scales
+    if len(shape) == 1 and kind != "in_proj_bias":            # norms, FCOS's scales
         return 1 + 0.1 * z
     gain = 2 if classifier else 8 if centernet and name.endswith("ltrb_pred") else 1
+    for end, special in ((r"self_attn\.out_proj\.weight", 0.2), (r"multihead_attn\.in_proj_weight", 3), (r"bbox_embed\.layers\.2\.weight", 3),
+                         (r"bbox_embed\.\d\.layers\.2\.weight", 0.7), (r"bboxes_delta\.weight", 0.2)):
+        gain = special if re.search(end + "$", key) else gain
+    if len(shape) == 1:
+        return 0.05 * z
     return gain * z / math.sqrt(math.prod(shape[1:]))
 
 
