@@ -21,11 +21,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 KINDS = ("disk", "ring", "triangle", "star", "crescent", "hook")
-VERSION = 3                     # raise it when the pictures change: old ones are then drawn anew
+VERSION = 2                     # raise it when the pictures change: old ones are then drawn anew
 SIZE = 128                      # pixels, height and width of a picture
 COUNTS = {"train": 8000, "val": 500}
 SUPERSAMPLE = 3                 # silhouettes are drawn this much larger, then averaged: smooth edges
-MAX_OBJECTS = 4
+MAX_OBJECTS = 6
 MAX_IOU = 0.2                   # two boxes overlap less than this, so that NMS at 0.5 costs no recall
 MIN_VISIBLE = 0.75              # of every creature, once all are drawn
 
@@ -80,7 +80,7 @@ def limb(rng, size):
 def creature(rng):
     """One creature, not yet placed: its kind (an index) and its polygons in pixels around (0, 0)."""
     kind = int(rng.integers(len(KINDS)))
-    size = rng.uniform(24, 52)                               # of the body, in pixels
+    size = rng.uniform(16, 40)                               # of the body, in pixels
     aspect = rng.uniform(0.8, 1.25)
     outline = body(KINDS[kind]) * (size / 2) * [aspect ** 0.5, aspect ** -0.5]
     angle = rng.uniform(0, 2 * np.pi)
