@@ -22,7 +22,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 import models
 from models import CheckpointError, Prediction
 
-every_detector = pytest.mark.parametrize("detector", models.DETECTORS)
+every_detector = pytest.mark.parametrize("detector", models.DENSE)
 STRIDES = (8, 16, 32, 64, 128)              # of FCOS and RetinaNet: P3 to P7
 every_form = pytest.mark.parametrize("original", [False, True], ids=["one-to-one", "original"])
 

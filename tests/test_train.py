@@ -70,6 +70,19 @@ def test_every_row_of_the_dense_half_of_tables_1_and_2_runs_and_leaves_its_files
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "nms"} <= json.loads((out / "metrics.json").read_text()).keys()
 
 
+@pytest.mark.parametrize("detector, more", [("detr", []), ("deformable-detr", []), ("deformable-detr", ["--two-stage"]), ("deformable-detr", ["--no-refine"]),
+                                            ("sparse-rcnn", [])])
+@pytest.mark.parametrize("class_cost", [[], ["--class-cost", "0"]], ids=["predicted", "location-only"])
+def test_every_row_of_the_other_half_runs_and_leaves_its_files(tiny_scenes, tmp_path, detector, more, class_cost):
+    out = tmp_path / "run"
+    small = {"width": 32, "layers": 2, "hidden": 32, "queries": 10, "accumulate": 2}
+    train.main(flags(tiny_scenes, detector=detector, steps=2, out=out, **small) + more + class_cost)
+    assert {"args.json", "log.csv", "eval.csv", "last.pt", "detections.json", "metrics.json", "detections.png"} <= set(os.listdir(out))
+    losses = [float(row["loss"]) for row in rows(out / "log.csv")]
+    assert len(losses) == 2 and all(0 < loss < 1e4 for loss in losses)
+    assert json.loads((out / "args.json").read_text())["class_cost"] == (0 if class_cost else 1 if detector == "detr" else 2)
+
+
 def test_a_small_run_learns_what_an_untrained_network_cannot(tiny_scenes, tmp_path):
     """24 pictures, learned by heart: the loss falls to a fraction and most of them are found again."""
     out = tmp_path / "run"
@@ -83,10 +96,10 @@ def test_a_small_run_learns_what_an_untrained_network_cannot(tiny_scenes, tmp_pa
     assert untrained["AP50"] < 10 and learned["AP50"] > 60
 
 
-@pytest.mark.parametrize("detector, assign", [("fcos", "hungarian"), ("retinanet", "one-to-many"), ("centernet", "hungarian")])
+@pytest.mark.parametrize("detector, assign", [("fcos", "hungarian"), ("retinanet", "one-to-many"), ("centernet", "hungarian"), ("detr", "hungarian")])
 def test_a_run_that_is_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(tiny_scenes, tmp_path, monkeypatch, detector, assign):
     """Killed in step 6, two steps after the last checkpoint, which a resume must not be able to notice."""
-    common = {"detector": detector, "assign": assign}
+    common = {"detector": detector, "assign": assign, **({"width": 32, "dropout": 0.1} if detector == "detr" else {})}
     train.main(flags(tiny_scenes, out=tmp_path / "whole", **common))
     calls, real = [], train.detection_loss
 
@@ -258,6 +271,14 @@ PUBLISHED = {       # the fact sheet's training tables: detector, one-to-many ->
                          train_longest=1333, crop=0, skip_empty=True),
     ("centernet", True): dict(steps=126_000, batch_size=128, optimizer="sgd", lr=0.02, weight_decay=1e-4, milestones=[81_000, 108_000],
                               warmup_steps=1000, clip_grad=0, square=512, colours=0.4, crop=0, flip=0.5, test_size=0, deform=True),
+    ("detr", False): dict(steps=554_400, batch_size=64, optimizer="adamw", lr=1e-4, backbone_lr_factor=0.1, weight_decay=1e-4, clip_grad=0.1,
+                          milestones=[369_600], warmup_steps=0, train_sizes=list(range(480, 801, 32)), train_longest=1333, crop=0.5, round_down=True,
+                          class_cost=1, queries=100, layers=6, hidden=2048, width=256, dropout=0.1, stride=32, test_size=800, test_longest=1333),
+    ("deformable-detr", False): dict(batch_size=32, lr=2e-4, backbone_lr_factor=0.1, clip_grad=0.1, round_down=True, class_cost=2, queries=300, hidden=1024,
+                                     levels=4, refine=False, two_stage=False, warmup_steps=0),
+    ("sparse-rcnn", False): dict(steps=270_000, batch_size=16, optimizer="adamw", lr=2.5e-5, backbone_lr_factor=1, milestones=[210_000, 250_000], warmup_steps=1000,
+                                 warmup_factor=0.01, clip_grad=1.0, train_sizes=list(range(480, 801, 32)), train_longest=1333, crop=0.5, queries=300,
+                                 hidden=2048, dynamic=64, roi_size=224, round_down=False, class_cost=2),
 }
 
 
@@ -268,7 +289,8 @@ def test_cocos_recipes_are_the_published_ones(detector, one_to_many):
         assert found[name] == value, name
 
 
-@pytest.mark.parametrize("detector, one_to_many, epochs", [("retinanet", False, 36.5), ("centernet", False, 146.1), ("fcos", True, 12.2), ("centernet", True, 136.3)])
+@pytest.mark.parametrize("detector, one_to_many, epochs", [("retinanet", False, 36.5), ("centernet", False, 146.1), ("fcos", True, 12.2), ("centernet", True, 136.3), ("detr", False, 300.0),
+                                                           ("deformable-detr", False, 50.0), ("sparse-rcnn", False, 36.5)])
 def test_the_recipes_last_as_long_as_published(detector, one_to_many, epochs):
     """Steps times batch over COCO's 118,287 training pictures."""
     found = train.recipe("coco", detector, one_to_many)
@@ -283,6 +305,8 @@ def test_bad_flags_are_told_by_name(tiny_scenes, tmp_path, fails):
     fails(flags(tiny_scenes, **out, lr=-1), "--lr")
     fails(flags(tiny_scenes, **out, assign="one-to-many", **{"class-cost": 0}), "--class-cost")
     fails(flags(tiny_scenes, **out, detector="yolo"), "yolo")
+    fails(flags(tiny_scenes, **out, detector="detr", assign="one-to-many"), "--detector detr", "one-to-many")
+    fails(flags(tiny_scenes, **out, detector="sparse-rcnn", **{"location-cost": "predefined"}), "sparse-rcnn", "predefined")
     fails(flags(tiny_scenes, **out, **{"train-json": tmp_path / "none.json"}), "none.json")
     fails(["--data", "coco", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")], "instances_train2017.json", "download")
     assert not (tmp_path / "run").exists()
