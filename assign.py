@@ -11,9 +11,10 @@ To try an idea of your own, write `assign(cost)` in a file and run `python train
 `pytest tests/test_assign.py --assigner my.py:assign` tells whether it keeps the contract:
 
   cost: (Q, G) float32, lower is better, inf = forbidden; Q or G may be 0
-  returns prediction (K,), object (K,), both long: the positive pairs.  A prediction appears at most once,
-  unless the strategy says otherwise; object IGNORE makes a prediction neither positive nor negative.
-  Predictions that do not appear are negative.
+  returns prediction (K,), object (K,), both long, on the device of cost: the positive pairs.  A prediction appears
+  at most once, unless the function says `my_function.shares_predictions = True` (`my_function.one_to_one = True`
+  makes the test check that too); object IGNORE makes a prediction neither positive nor negative.  Predictions that
+  do not appear are negative.  Leave cost as it is, and do not depend on the order of its rows and columns.
 """
 import importlib.util
 from pathlib import Path
@@ -208,6 +209,9 @@ def hungarian(cost):
     """One-to-one: the pairs that are cheapest in total; every object gets one prediction if there are enough.
 
     cost: (Q, G)   returns prediction (K,) ascending, object (K,), K = min(Q, G) less what inf forbids.
+
+    In training `match` runs the two halves itself, `cheapest` for all images on the device and `solve` on the host, with one
+    copy between them.  So to change it, change the halves, or copy it into a file of your own (--assign my.py:hungarian).
     """
     prediction, object_ = solve(*(part.cpu() for part in cheapest(cost)))
     return prediction.to(cost.device), object_.to(cost.device)
@@ -258,6 +262,7 @@ def top_k(cost, k=9):
     return one_to_many_points(wanted.scatter(0, rows, values))
 
 
+hungarian.halves = cheapest, solve   # `match` copies to the host between them, once for all images
 hungarian.one_to_one = True          # what a strategy claims, the contract test checks
 min_cost.shares_predictions = True
 
@@ -320,7 +325,7 @@ def match(prediction, targets, cost, assign):
     fails.  The Hungarian solver works on the host: what it needs of all images and layers, and the
     NaN check, travel there in one copy.
     """
-    answer, costs, nan, images = [], [], [], []
+    answer, costs, nan, images, halves = [], [], [], [], getattr(assign, "halves", None)
     with torch.autocast(prediction.logits.device.type, enabled=False):
         for layer in [prediction, *prediction.aux]:
             for n, target in enumerate(targets):
@@ -329,11 +334,11 @@ def match(prediction, targets, cost, assign):
                        "softmax": layer.softmax, "centre_l1": layer.centre_l1, "class_agnostic": layer.class_agnostic}
                 c = cost(one, target).float()
                 nan.append(c.isnan().any().float())
-                costs.append(cheapest(c) if assign is hungarian else c)
+                costs.append(halves[0](c) if halves else c)
                 images.append(target["image_id"])
         device = prediction.logits.device
         parcels = [torch.stack(nan)]
-        if assign is hungarian:              # row numbers are exact in float32 up to 2^24
+        if halves:                           # row numbers are exact in float32 up to 2^24
             parcels += [part.float().flatten() for pair in costs for part in pair]
         parcel = torch.cat(parcels).cpu()                            # <- the one copy
         bad = parcel[:len(costs)].nonzero()[:, 0].tolist()
@@ -341,9 +346,9 @@ def match(prediction, targets, cost, assign):
             ids = ", ".join(str(i) for i in dict.fromkeys(images[b] for b in bad))
             raise AssignError(f"image {ids}: the matching cost holds NaN, so the network's output does too; "
                               f"lower --lr, set --clip-grad, or use --precision fp32")
-        if assign is hungarian:
+        if halves:
             parts = parcel[len(costs):].split([part.numel() for pair in costs for part in pair])
-            pairs = [solve(values.view(pair[0].shape), rows.view(pair[0].shape).long())
+            pairs = [halves[1](values.view(pair[0].shape), rows.view(pair[0].shape).long())
                      for values, rows, pair in zip(parts[::2], parts[1::2], costs)]
             joined = torch.cat([v for pair in pairs for v in pair]).to(device, non_blocking=True)
             flat = joined.split([len(v) for pair in pairs for v in pair])
@@ -354,8 +359,8 @@ def match(prediction, targets, cost, assign):
                     prediction_, object_ = check_answer(assign(c), c, assign)
                     positive = object_ != IGNORE
                     answer.append(Match(prediction_[positive], object_[positive], prediction_[~positive]))
-                except AssignError:
-                    raise
+                except AssignError as error:
+                    raise AssignError(f"image {image}: {error}") from None
                 except Exception as error:                           # a student's function may raise anything
                     raise AssignError(f"image {image}: the strategy {getattr(assign, '__name__', assign)} failed on a "
                                       f"cost of {c.shape[0]} x {c.shape[1]}: {type(error).__name__}: {error}") from error

@@ -6,7 +6,8 @@
 Knows, by their keys alone, the files of OneNet, of detectron2's and torchvision's RetinaNet and FCOS, of
 AdelaiDet's FCOS, of CenterNet, DETR, Deformable DETR and Sparse R-CNN, and ImageNet ResNets (torchvision .pth, detectron2 .pkl; for train.py
 --backbone-weights).  A conversion is exact or it is an error: keys that are missing, left over, or of
-another shape are listed.  Files are read without running any code in them.
+another shape are listed.  One thing keys cannot tell: DETR-DC5's are plain DETR's; it is refused where the
+file says so itself, as the published ones' flags may.  Files are read without running any code in them.
 """
 import argparse
 import pickle
@@ -61,7 +62,7 @@ TORCHVISION = [(r"^backbone\.fpn\.inner_blocks\.(\d)(\.0)?\.", r"neck.lateral.\1
                (r"^head\.classification_head\.conv", "class_tower"), (r"^head\.regression_head\.conv", "box_tower"),
                (r"^head\.classification_head\.cls_logits", "score"), (r"^head\.regression_head\.bbox_ctrness", "centreness")]
 CENTERNET_HEADS = [(r"^hm\.", "score."), (r"^wh\.", "size."), (r"^reg\.", "offset.")]
-CENTERNET = [(r"^module\.", ""), (r"^(conv1|bn1|layer\d)\.", r"backbone.body.\1."),
+CENTERNET = [(r"^(conv1|bn1|layer\d)\.", r"backbone.body.\1."),
              *[rule for step in range(3) for part, name in ((0, "conv"), (1, "conv_norm"), (3, "up"), (4, "up_norm"))
                for rule in [(rf"^deconv_layers\.{6 * step + part}\.", f"neck.steps.{step}.{name}.")]],
              (r"\.conv_offset_mask\.", ".offset."), *CENTERNET_HEADS]
@@ -79,13 +80,13 @@ TRANSFORMER = [(r"^backbone\.0\.body\.", "backbone.body."), (r"^transformer\.(en
                (r"^(decoder\.\d\.)norm3\.", r"\1feed_forward.norm."), (r"^class_embed", "score"), (r"^bbox_embed", "box"),
                (r"(?<=box)(\.\d)?\.layers\.(\d)", lambda found: f"{found[1] or ''}.{2 * int(found[2])}"),
                (r"^query_embed", "query"), (r"^input_proj", "project")]
-# DETR's decoder attends to itself first, Deformable DETR's to the image: their norms are numbered in that order
+# both attend to themselves first; Deformable DETR numbers its norms the other way round, the one behind the image first
 DETR = [*TRANSFORMER, (r"^(decoder\.\d\.)norm1\.", r"\1self_norm."), (r"^(decoder\.\d\.)norm2\.", r"\1cross_norm."),
         (r"^transformer\.decoder\.norm", "norm")]
 DEFORMABLE_DETR = [*TRANSFORMER, (r"^(decoder\.\d\.)norm1\.", r"\1cross_norm."), (r"^(decoder\.\d\.)norm2\.", r"\1self_norm."),
                    (r"\.sampling_offsets\.", ".offset."), (r"\.attention_weights\.", ".weight."), (r"\.(value|output)_proj\.", r".\1."),
-                   (r"^transformer\.level_embed", "level"), (r"^transformer\.reference_points", "reference_points"),
-                   (r"^transformer\.enc_output", "proposal"), (r"^transformer\.pos_trans", "start")]
+                   (r"^transformer\.level_embed", "level_code"), (r"^transformer\.reference_points", "reference_points"),
+                   (r"^transformer\.enc_output", "proposal"), (r"^transformer\.pos_trans", "query_of_box")]
 SPARSE_RCNN = [(r"^backbone\.fpn_lateral(\d)", shifted("neck.lateral.{}", -2)), (r"^backbone\.fpn_output(\d)", shifted("neck.output.{}", -2)),
                (r"^backbone\.bottom_up\.", "backbone.body."), *DETECTRON_RESNET, (r"^init_proposal_boxes", "boxes"),
                (r"^init_proposal_features", "query"), (r"^head\.head_series\.", "stages."), (r"\.self_attn\.", ".attention."),
@@ -93,6 +94,11 @@ SPARSE_RCNN = [(r"^backbone\.fpn_lateral(\d)", shifted("neck.lateral.{}", -2)), 
                (r"\.inst_interact\.", ".dynamic."), (r"(?<=\d)\.linear(\d)\.", r".feed_forward.linear\1."),
                (r"^(stages\.\d)\.norm3\.", r"\1.feed_forward.norm."), (r"\.cls_module\.", ".class_tower."), (r"\.reg_module\.", ".box_tower."),
                (r"\.class_logits\.", ".score."), (r"\.bboxes_delta\.", ".delta.")]
+
+CAFFE_RESNET = [(r"^conv1_w$", "conv1.weight"), (r"^res_conv1_bn_", "bn1."), (r"^res(\d)_(\d+)_", lambda found: f"layer{int(found[1]) - 1}.{found[2]}."),
+                (r"branch2([abc])_w$", lambda found: f"conv{'abc'.index(found[1]) + 1}.weight"),
+                (r"branch2([abc])_bn_", lambda found: f"bn{'abc'.index(found[1]) + 1}."), (r"branch1_w$", "downsample.0.weight"),
+                (r"branch1_bn_", "downsample.1."), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"), (r"^", "backbone.body.")]
 
 COCO_TEST, CENTERNET_TEST = {"shortest": [800], "longest": 1333}, {"shortest": [512], "longest": 853}
 CROWDHUMAN_TEST, DETR_TEST = {"shortest": [800], "longest": 1400}, {"shortest": [800], "longest": 1333, "round_down": True}
@@ -121,11 +127,12 @@ LAYOUTS = [
     ("Sparse R-CNN", "init_proposal_boxes.weight", SPARSE_RCNN, {"detector": "sparse-rcnn"}, COCO_TEST),
     ("Deformable DETR", "transformer.level_embed", DEFORMABLE_DETR, {"detector": "deformable-detr"}, DETR_TEST),
     ("DETR", "query_embed.weight", DETR, {"detector": "detr"}, DETR_TEST),
-    ("detectron2 ResNet", "stem.conv1.weight", [*DETECTRON_RESNET, (r"^", "backbone.body.")], {"resnet": "msra"}, None),
+    ("MSRA's ResNet (detectron2's R-50.pkl, R-101.pkl)", "res2_0_branch2a_w", CAFFE_RESNET, {"resnet": "msra"}, None),
+    ("torchvision ResNet under detectron2's names", "stem.conv1.weight", [*DETECTRON_RESNET, (r"^", "backbone.body.")], {}, None),
     ("torchvision ResNet", "layer1.0.conv1.weight", [(r"^", "backbone.body.")], {}, None),
 ]
 # constants and counters of the published code that our modules make themselves, and ImageNet's classifier
-NOT_WEIGHTS = re.compile(r"(num_batches_tracked|pixel_mean|pixel_std|cell_anchors\.\d+|^fc\.(weight|bias)|linear\.(weight|bias))$")
+NOT_WEIGHTS = re.compile(r"(num_batches_tracked|pixel_mean|pixel_std|cell_anchors\.\d+|^(stem\.)?fc\.(weight|bias)|^fc1000_[wb]|^conv1_b|_momentum)$")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -156,7 +163,9 @@ def read(file):
             raise CheckpointError(f"{file}: refused: not a plain pickle of numpy arrays ({error})") from None
     else:                                                # DETR's files hold the flags they were trained with
         checkpoint = models.read_checkpoint(file, harmless=[argparse.Namespace])
-    for container in ("model", "state_dict"):
+    if isinstance(checkpoint, dict) and getattr(checkpoint.get("args"), "dilation", False):
+        raise CheckpointError(f"{file}: a DETR with a dilated last stage (DC5), which our backbone does not have; its keys are plain DETR's")
+    for container in ("model", "state_dict", "blobs"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(container), dict):
             checkpoint = checkpoint[container]
     if not isinstance(checkpoint, dict):
@@ -257,7 +266,12 @@ def convert(weights, resnet=None):
             raise CheckpointError(f"{layout}: its classifier is missing")
         num_classes = len(weights[classifiers[0]]) // anchors - (detector == "detr")
         if num_classes == 91:
+            # the encoder's head of the two-stage form knows objects of any class by output 0, whatever COCO's ids are
+            proposer = [k for k in classifiers if build.get("two_stage") and k.split(".")[1] == max(c.split(".")[1] for c in classifiers)]
+            any_object = {k: weights[k][:1].clone() for k in proposer}
             choose_classes(weights, classifiers, anchors)
+            for k in proposer:
+                weights[k][:1] = any_object[k]
             num_classes = 80
         if build.get("torchvision_grid") and detector == "retinanet":
             sizes_outer(weights)
@@ -269,8 +283,8 @@ def convert(weights, resnet=None):
         if detector == "centernet":
             build["deform"] = "neck.steps.0.conv.offset.weight" in weights
             fold_bias(weights)
-        if detector == "fcos":
-            weights.setdefault("scale", torch.ones(5))               # detectron2 and torchvision have none
+        if layout in ("detectron2 FCOS", "torchvision FCOS"):
+            weights.setdefault("scale", torch.ones(5))               # they have none
         if detector == "retinanet" and build.get("original"):
             weights.setdefault("positives_average", torch.tensor(100.0))     # where training starts; no file keeps it
         build = {**build, "num_classes": num_classes, "backbone": backbone}

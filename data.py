@@ -1,11 +1,11 @@
-"""Reading: COCO-format annotations and their pictures in, batches out, and a check of any data set.
+"""Reading: COCO-format and CrowdHuman annotations and their pictures in, batches out, and a check of any data set.
 
     python data.py check --json train.json --images train2017      everything wrong with a data set
     python data.py voc2coco VOC_FOLDER --out DIR                   Pascal VOC XML to COCO JSON
 
 How a picture becomes part of a batch:
 
-    read_coco -> Annotations (flat tensors) -> Pictures[epoch, index] -> augment -> collate -> Batch
+    read_annotations -> Annotations (flat tensors) -> Pictures[epoch, index] -> augment -> collate -> Batch
 
 Order and augmentation are functions of (seed, epoch, index) alone, so the number of worker
 processes, of GPUs or of interruptions changes nothing.  Pixels stay uint8 until they are on the
@@ -16,8 +16,10 @@ image_id, size (2,) resized height and width, original_size (2,), ignore (I, 4) 
 pixels of the resized picture.  A picture without objects is an ordinary picture.
 """
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -68,6 +70,7 @@ class Fault:
     kind: str                   # what the counts of the check are grouped by
     text: str                   # one sentence naming file, image and annotation
     box: bool = False           # true: --drop-bad-boxes can live with it
+    extent: bool = False        # true: four finite numbers, but nothing of the box lies in the picture
 
 
 def read_json(file):
@@ -112,8 +115,8 @@ def parse_coco(json_file, image_dir):
         raise DataError(f"{image_dir}: no such folder of pictures; check --images (or --data-dir)")
     faults = []
 
-    def fault(kind, text, box=False):
-        faults.append(Fault(kind, f"{json_file}: {text}", box))
+    def fault(kind, text, box=False, extent=False):
+        faults.append(Fault(kind, f"{json_file}: {text}", box, extent))
 
     names = {}                                               # category id -> name
     for category in record["categories"]:
@@ -181,13 +184,13 @@ def parse_coco(json_file, image_dir):
         x, y, w, h = box
         if w <= 0 or h <= 0:
             fault("box without extent", f"{where}: bbox {box} has no extent; width and height must be "
-                                        f"positive (--drop-bad-boxes leaves such boxes out)", box=True)
+                                        f"positive (--drop-bad-boxes leaves such boxes out)", box=True, extent=True)
             continue
         height, width = images[image_id][1:]
         x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
         if x2 - x1 <= 1e-5 or y2 - y1 <= 1e-5:
             fault("box outside the picture", f"{where}: bbox {box} lies outside the picture of {width} x "
-                                             f"{height} (--drop-bad-boxes leaves such boxes out)", box=True)
+                                             f"{height} (--drop-bad-boxes leaves such boxes out)", box=True, extent=True)
             continue
         of_image[image_id].append((x1, y1, x2, y2, label_of[category], bool(annotation.get("iscrowd", 0)), n))
 
@@ -201,27 +204,149 @@ def parse_coco(json_file, image_dir):
     return annotations, faults
 
 
-def read_coco(json_file, image_dir, drop_bad_boxes=False):
-    """Annotations of a COCO-format file.  Raises DataError with the first fault there is.
+# ------------------------------------------------------------------------------------------------
+# CrowdHuman: one JSON object per line, full boxes, no picture sizes (Section 5.1)
+# ------------------------------------------------------------------------------------------------
+
+def parse_odgt(odgt_file, image_dir, sizes=None):
+    """Read a CrowdHuman annotation file without trusting it: its full boxes (fbox).
+
+    sizes: {ID: (height, width)} where a line does not say; what is still missing is read from the pictures and added.
+    Returns Annotations of everything usable, the list of Faults, and per picture the boxes as the file gives them, (n, 4)
+    xyxy, also outside the picture, with what to ignore, (n,) bool.  Raises DataError only if nothing can be read at all.
+
+    As published, whatever carries extra.ignore is never a target and is ignored in evaluation; so is, as in CrowdDet,
+    whatever is not tagged a person (the published masks all carry ignore).
+    """
+    sizes, faults, seen = {} if sizes is None else sizes, [], set()
+
+    def fault(kind, text, box=False, extent=False):
+        faults.append(Fault(kind, f"{odgt_file}: {text}", box, extent))
+
+    try:
+        lines = Path(odgt_file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{odgt_file}: cannot be read ({error.strerror}); check the path") from None
+    except ValueError as error:
+        raise DataError(f"{odgt_file}: not a text file ({error})") from None
+    if image_dir is not None and not Path(image_dir).is_dir():
+        raise DataError(f"{image_dir}: no such folder of pictures; check --images (or --data-dir)")
+    ids, names, given, table, raw = [], [], [], [], {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            fault("broken line", f"line {number} is not valid JSON ({error})")
+            continue
+        name = record.get("ID") if isinstance(record, dict) else None
+        if not isinstance(name, str) or not name or escapes(name) or not isinstance(record.get("gtboxes"), list):
+            fault("missing field", f"line {number} lacks an ID that names a picture, or the list gtboxes")
+            continue
+        if name in seen:
+            fault("duplicate ID", f"line {number}: ID {name} is used twice")
+            continue
+        seen.add(name)
+        size = record.get("height"), record.get("width")
+        file_name = name + ".jpg"
+        if image_dir is not None and not os.path.isfile(Path(image_dir) / file_name):
+            file_name = name + ".png"
+            if not os.path.isfile(Path(image_dir) / file_name):
+                fault("missing picture", f"line {number}, ID {name}: neither {name}.jpg nor {name}.png is in {image_dir}")
+                continue
+        if not all(is_number(v) and v >= 1 for v in size):
+            size = sizes.get(name)
+        if size is None:
+            if image_dir is None:
+                fault("missing field", f"line {number}, ID {name}: without pictures its height and width must be in the file")
+                continue
+            try:
+                size = picture_size(Path(image_dir) / file_name)
+            except DataError as error:
+                fault("unreadable picture", f"line {number}, ID {name}: {error}")
+                continue
+        sizes[name] = tuple(map(int, size))
+        height, width = sizes[name]
+        boxes = []
+        for n, entry in enumerate(record["gtboxes"]):
+            where = f"line {number}, ID {name}, box {n}"
+            box = entry.get("fbox") if isinstance(entry, dict) else None
+            if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
+                fault("box is not four finite numbers", f"{where}: fbox {box!r} must be four finite numbers x, y, width, height", box=True)
+                continue
+            if entry.get("tag") not in ("person", "mask"):
+                fault("unknown tag", f"{where}: the tag {entry.get('tag')!r} is neither person nor mask")
+                continue
+            extra = entry.get("extra") if isinstance(entry.get("extra"), dict) else {}
+            ignore = entry["tag"] != "person" or bool(extra.get("ignore", 0))
+            x, y, w, h = box
+            boxes.append((x, y, x + w, y + h, ignore))
+            x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+            if x2 - x1 > 1e-5 and y2 - y1 > 1e-5:
+                table.append((x1, y1, x2, y2, len(ids), ignore, n))
+            elif not ignore:
+                fault("box without extent in the picture", f"{where}: fbox {box} has no extent within the picture of {width} x {height} "
+                                                           f"(--drop-bad-boxes leaves such boxes out)", box=True, extent=True)
+        ids.append(name)
+        names.append(file_name)
+        given.append(sizes[name])
+        boxes = np.array(boxes, np.float64).reshape(-1, 5)
+        raw[name] = boxes[:, :4], boxes[:, 4].astype(bool)
+    if not ids and not faults:
+        raise DataError(f"{odgt_file}: the data set is empty: it has no lines")
+    table = torch.tensor(table, dtype=torch.float64).reshape(-1, 7)
+    first = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(table[:, 4].long(), minlength=len(ids)).cumsum(0)])
+    return Annotations(str(odgt_file), str(image_dir), ids, names, torch.tensor(given, dtype=torch.long).reshape(-1, 2), first,
+                       table[:, :4].float(), torch.zeros(len(table), dtype=torch.long), table[:, 5].bool(), table[:, 6].long(),
+                       ["person"], [1]), faults, raw
+
+
+def read_annotations(file, image_dir, drop_bad_boxes=False, cache=None):
+    """Annotations of a COCO-format JSON, or of a CrowdHuman .odgt.  Raises DataError with the first fault there is.
 
     With drop_bad_boxes, boxes without extent, outside the picture or with NaN are left out and
     counted on standard error instead.  Pictures are opened, and their sizes compared, when they
     are first needed (`python data.py check` opens them all).
+    cache: a file that keeps the sizes an .odgt does not hold, so that pictures are opened for them only once.
     """
-    annotations, faults = parse_coco(json_file, image_dir)
+    if str(file).endswith(".odgt"):
+        known = {}
+        if cache is not None and Path(cache).is_file():
+            with contextlib.suppress(ValueError, OSError):           # a broken cache is made anew
+                known = json.loads(Path(cache).read_text())
+        sizes = dict(known)
+        annotations, faults, _ = parse_odgt(file, image_dir, sizes)
+        if cache is not None and len(sizes) > len(known):
+            Path(cache).parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(f"{cache}.{os.getpid()}")               # several processes may write the same
+            temporary.write_text(json.dumps(sizes))
+            temporary.replace(cache)
+    else:
+        annotations, faults = parse_coco(file, image_dir)
     dropped = [f for f in faults if f.box and drop_bad_boxes]
     for f in faults:
         if not (f.box and drop_bad_boxes):
-            raise DataError(f"{f.text}; `python data.py check --json {json_file} --images {image_dir}` "
+            raise DataError(f"{f.text}; `python data.py check --json {file} --images {image_dir}` "
                             f"lists all of its {len(faults)} fault(s)")
     if dropped:
-        print(f"{json_file}: dropped {len(dropped)} bad box(es), the first: {dropped[0].text}", file=sys.stderr)
+        print(f"{file}: dropped {len(dropped)} bad box(es), the first: {dropped[0].text}", file=sys.stderr)
     return annotations
 
 
 # ------------------------------------------------------------------------------------------------
 # pictures
 # ------------------------------------------------------------------------------------------------
+
+def picture_size(path):
+    """Height and width of a picture file, upright, from its header alone.  Raises DataError."""
+    try:
+        with Image.open(path) as picture:
+            turned = picture.getexif().get(0x0112, 1) >= 5           # EXIF orientations that exchange the sides
+            return picture.size if turned else picture.size[::-1]
+    except Exception as error:                                       # Pillow raises many kinds for broken files
+        raise DataError(f"{path}: the picture cannot be read ({error}); fetch it again") from None
+
 
 def load_picture(path, height=None, width=None, image_id=None):
     """A picture file as upright RGB (PIL), whatever it holds: grey, palette, CMYK, alpha, 16 bit, EXIF.
@@ -316,7 +441,7 @@ def vary_colours(picture, strength, noise, rng):
 
 @dataclass
 class Transform:
-    """What happens to a picture on its way into a batch (recipes of Sections 3.1 and 5.1).
+    """What happens to a picture on its way into a batch (the released configurations; the paper does not tell).
 
     Training: flip with probability `flip`; with probability `crop`, resize the shorter side to one
     of 400, 500, 600 and cut a window with sides of 384 to 600 (DETR's augmentation, which OneNet and
@@ -449,10 +574,16 @@ def evaluation_batches(annotations, batch_size, rank=0, world=1):
     return [[(0, i) for i in mine[n:n + batch_size]] for n in range(0, len(mine), batch_size)]
 
 
+def ignore_signals(worker):
+    """Ctrl-C reaches the workers too; they must live until the training process has taken what it needs to save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader(pictures, batches, workers=0, pin_memory=False):
     """A DataLoader over lists of keys.  Its own generator leaves the global random state alone."""
     return DataLoader(pictures, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                      pin_memory=pin_memory, generator=torch.Generator())
+                      pin_memory=pin_memory, generator=torch.Generator(), worker_init_fn=ignore_signals)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -461,12 +592,12 @@ def loader(pictures, batches, workers=0, pin_memory=False):
 
 def add_data_flags(group, train=True):
     """The flags that say what to read; train.py and evaluate.py share them."""
-    group.add_argument("--data", choices=("scenes", "coco", "custom"),
-                       help="scenes: small embedded pictures, drawn when first needed; coco: COCO 2017; custom: any "
-                            "COCO-format files" + (" (default: scenes)" if train else ""))
+    group.add_argument("--data", choices=("scenes", "crowd", "coco", "crowdhuman", "custom"),
+                       help="scenes: small embedded pictures, drawn when first needed; crowd: the same with crowds; coco: COCO 2017; "
+                            "crowdhuman; custom: any COCO-format files, or CrowdHuman's .odgt" + (" (default: scenes)" if train else ""))
     group.add_argument("--data-dir", metavar="DIR",
-                       help="folder of the data set (default: data/scenes, data/coco); COCO's holds annotations/, "
-                            "train2017/ and val2017/")
+                       help="folder of the data set (default: data/scenes, data/coco, ...); COCO's holds annotations/, "
+                            "train2017/ and val2017/, CrowdHuman's annotation_train.odgt, annotation_val.odgt and Images/")
     for split in ("train", "val") if train else ("val",):
         group.add_argument(f"--{split}-json", metavar="F", help=f"custom: annotations of the {split} split, COCO format")
         group.add_argument(f"--{split}-images", metavar="DIR", help=f"custom: folder of its pictures")
@@ -481,7 +612,9 @@ def locate(flags, split):
     """
     data = flags["data"]
     if data == "scenes":
-        folder = scenes.write(flags.get("data_dir") or "data/scenes")
+        folder = Path(flags.get("data_dir") or "data/scenes")
+        if not scenes.drawn(folder, "scenes"):
+            scenes.write(folder)
         return str(folder / f"{split}.json"), str(folder / split)
     if data == "coco":
         folder = Path(flags.get("data_dir") or "data/coco")
@@ -491,6 +624,16 @@ def locate(flags, split):
             if not path.exists():
                 raise DataError(f"{path} does not exist; download {source} from cocodataset.org and unpack it in {folder}")
         return str(json_file), str(image_dir)
+    if data in ("crowd", "crowdhuman"):
+        folder = Path(flags.get("data_dir") or f"data/{data}")
+        if data == "crowd" and not scenes.drawn(folder, "crowd"):
+            scenes.write_crowd(folder)
+        odgt_file, image_dir = folder / f"annotation_{split}.odgt", folder / "Images"
+        for path in (odgt_file, image_dir):
+            if not path.exists():
+                raise DataError(f"{path} does not exist; download annotation_train.odgt, annotation_val.odgt and the archives CrowdHuman_train01.zip, "
+                                f"...02, ...03 and CrowdHuman_val.zip from crowdhuman.org, and unpack all pictures into {image_dir}")
+        return str(odgt_file), str(image_dir)
     json_file, image_dir = flags.get(f"{split}_json"), flags.get(f"{split}_images")
     if not json_file or not image_dir:
         raise DataError(f"--data custom needs --{split}-json and --{split}-images")
@@ -503,7 +646,7 @@ def locate(flags, split):
 
 def check(json_file, image_dir, out=sys.stdout):
     """Print every fault of a data set, then counts by kind.  Returns the number of faults."""
-    annotations, faults = parse_coco(json_file, image_dir)
+    annotations, faults = (parse_odgt if str(json_file).endswith(".odgt") else parse_coco)(json_file, image_dir)[:2]
     for i in range(len(annotations)):
         path = Path(annotations.path(i))
         if not path.is_file():
@@ -582,9 +725,9 @@ def voc2coco(folder, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("check", help="report everything wrong with a COCO-format data set, in one pass")
-    c.add_argument("--json", required=True, metavar="F", help="annotations in COCO format")
-    c.add_argument("--images", required=True, metavar="DIR", help="folder that file_name is relative to")
+    c = commands.add_parser("check", help="report everything wrong with a data set, in one pass")
+    c.add_argument("--json", required=True, metavar="F", help="annotations in COCO format, or CrowdHuman's .odgt")
+    c.add_argument("--images", required=True, metavar="DIR", help="folder that file_name is relative to, or that holds ID.jpg")
     c = commands.add_parser("voc2coco", help="convert Pascal VOC XML annotations to COCO JSON")
     c.add_argument("folder", metavar="VOC_FOLDER", help="holds Annotations/, JPEGImages/, ImageSets/Main/")
     c.add_argument("--out", required=True, metavar="DIR", help="one SPLIT.json per ImageSets/Main/SPLIT.txt")

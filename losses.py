@@ -52,13 +52,16 @@ def focal_loss(logits, index, labels, matches):
     return loss.sum()
 
 
-def softmax_loss(logits, index, labels, no_object=0.1):
+def softmax_loss(logits, index, labels, matches, no_object=0.1):
     """DETR's classification loss: cross entropy over C classes and "no object", which weighs a tenth; their weighted mean.
 
-    logits: (B, Q, C + 1)   index, labels: of the positives; all others are "no object".
+    logits: (B, Q, C + 1)   index, labels: of the positives; all others are "no object", except those a strategy
+    told to ignore.
     """
     target = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)
     target[index] = labels
+    for n, m in enumerate(matches):
+        target[n, m.ignored] = -100          # cross_entropy's own mark for what does not count
     weight = logits.new_ones(logits.shape[2])
     weight[-1] = no_object
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight)
@@ -78,7 +81,7 @@ def set_loss(prediction, targets, matches, num_objects, class_weight=2.0, l1_wei
         index, gt, labels = positives(targets, layer_matches)
         boxes, size = layer.boxes[index], scale[index[0]]                                      # (K, 4)
         if layer.softmax:
-            terms["class"] += softmax_loss(layer.logits, index, labels)
+            terms["class"] += softmax_loss(layer.logits, index, labels, layer_matches)
         else:
             labels = torch.zeros_like(labels) if layer.class_agnostic else labels
             terms["class"] += class_weight * focal_loss(layer.logits, index, labels, layer_matches) / num_objects
@@ -149,4 +152,5 @@ def centernet_loss(prediction, targets):
     centre = heat == 1
     penalty = torch.where(centre, (1 - p) ** 2 * p.log(), (1 - heat) ** 4 * p ** 2 * (1 - p).log())
     return {"class": -penalty.sum() / centre.sum().clamp(min=1),
+            # two numbers an object, as published
             "size": 0.1 * size / (2 * count + 1e-4), "offset": offset / (2 * count + 1e-4)}

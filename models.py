@@ -1,14 +1,14 @@
 """The detectors: backbone, neck, heads, and decoding to boxes.
 
-The paper (Section 3) takes detectors apart into object candidates, a classification sub-net, a
+The paper (Section 2.1) takes detectors apart into object candidates, a classification sub-net, a
 location sub-net and a rule that assigns positive samples.  Everything but the rule is in this file.
 A detector comes in two forms: the one-to-one form of the paper (trained with assign.hungarian and
-losses.set_loss), and its original one-to-many form (`original=True`), which the first rows of Table 1 train.
+losses.set_loss), and its original one-to-many form (`original=True`), Table 1's one-to-many column.
 
 One alphabet, for the whole repository: B images in the batch, L pyramid levels, Q predictions of one
 image (all levels joined; row by row within a level, anchors innermost), G ground-truth objects of one
 image, C classes, K matched pairs, HxW a feature map.  Boxes are xyxy in pixels of the resized,
-un-padded image.  Classes are 0 ... C-1, without a background column.
+un-padded image.  Classes are 0 ... C-1, without a background column; DETR alone has one more, "no object".
 
 Images come in as uint8 RGB, padded at the right and at the bottom, with a mask that is true on padding.
 """
@@ -65,6 +65,15 @@ class ResidualBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
+def run_stages(x, stages):
+    """The maps [(B, c, H/4, W/4), ... (B, c, H/32, W/32)] behind each of a backbone's stages; fewer of fewer stages."""
+    features = []
+    for stage in stages:
+        x = stage(x)
+        features.append(x)
+    return features
+
+
 class Tiny(nn.Module):
     """A small backbone for pictures of about 128 pixels, trained from scratch on two CPU cores.
 
@@ -83,12 +92,11 @@ class Tiny(nn.Module):
         self.stage3 = nn.Sequential(ResidualBlock(b, c, 2), ResidualBlock(c, c, 1))
         self.stage4 = nn.Sequential(ResidualBlock(c, d, 2), ResidualBlock(d, d, 1))
 
-    def forward(self, x):                     # x: (B, 3, H, W)
-        c2 = self.stage1(self.stem(x))        # (B, 32, H/4, W/4)
-        c3 = self.stage2(c2)                  # (B, 64, H/8, W/8)
-        c4 = self.stage3(c3)                  # (B, 128, H/16, W/16)
-        c5 = self.stage4(c4)                  # (B, 192, H/32, W/32)
-        return [c2, c3, c4, c5]
+    def stages(self):
+        return [self.stage1, self.stage2, self.stage3, self.stage4]
+
+    def forward(self, x, count=4):            # x: (B, 3, H, W)
+        return run_stages(self.stem(x), self.stages()[:count])
 
 
 class ResNet(nn.Module):
@@ -107,7 +115,7 @@ class ResNet(nn.Module):
             weights=None, norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d)
         del body.fc, body.avgpool
         self.body = body
-        layers = [body.layer1, body.layer2, body.layer3, body.layer4]
+        layers = self.stages()
         last = "conv2" if name in ("resnet18", "resnet34") else "conv3"
         if stride_in_1x1 and last == "conv3":
             for layer in layers[1:]:
@@ -117,14 +125,12 @@ class ResNet(nn.Module):
             for module in part:
                 module.requires_grad_(False)
 
-    def forward(self, x):                     # x: (B, 3, H, W)
+    def stages(self):
+        return [self.body.layer1, self.body.layer2, self.body.layer3, self.body.layer4]
+
+    def forward(self, x, count=4):            # x: (B, 3, H, W)
         b = self.body
-        x = b.maxpool(b.relu(b.bn1(b.conv1(x))))
-        features = []
-        for layer in (b.layer1, b.layer2, b.layer3, b.layer4):
-            x = layer(x)
-            features.append(x)
-        return features                       # [(B, c, H/4, W/4), ... (B, c, H/32, W/32)]
+        return run_stages(b.maxpool(b.relu(b.bn1(b.conv1(x)))), self.stages()[:count])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -285,12 +291,6 @@ def with_nms(boxes, scores, labels, threshold, k):
     return boxes[keep], scores[keep], labels[keep]
 
 
-def end_to_end_detections(prediction, n, k, nms=0.5):
-    """Image n of a one-to-one detector: its k best, and the same after NMS on those k (as OneNet's code)."""
-    plain = top_k(prediction.boxes[n], prediction.logits[n].sigmoid(), k)
-    return {"plain": plain, "nms": with_nms(*plain, nms, k)}
-
-
 def candidate_detections(prediction, scores, n, k, nms, accept, per_level=1000):
     """Image n of an original RetinaNet or FCOS.  scores (Q, C); accept (Q, C): true where a pair may be reported.
 
@@ -328,7 +328,7 @@ class Detector(nn.Module):
     pixels: what the backbone's weights were trained on, a key of PIXELS.
     """
     candidates, original, strides = None, False, ()
-    slow = ()                                # parts of parameter names whose learning rate is a tenth
+    slow_parameters = ()                     # parts of names; their learning rate is a tenth
 
     def __init__(self, backbone, pixels="rgb"):
         super().__init__()
@@ -337,11 +337,16 @@ class Detector(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
-    def features(self, images, mask):
+    def features(self, images, mask, **options):
         images = images.flip(1) if self.pixels.startswith("bgr") else images
         x = (images.float() - self.mean) / self.std                   # (B, 3, H, W)
         x = x.masked_fill(mask[:, None], 0).contiguous(memory_format=torch.channels_last)
-        return self.backbone(x)
+        return self.backbone(x, **options)
+
+    def detections(self, prediction, n, k=100, nms=0.5):
+        """Image n: its k best (prediction, class) pairs, and the same after NMS on those k (as OneNet's code)."""
+        plain = top_k(prediction.boxes[n], prediction.logits[n].sigmoid(), k)
+        return {"plain": plain, "nms": with_nms(*plain, nms, k)}
 
 
 def tower(width, depth, norm, bias):
@@ -424,7 +429,7 @@ class RetinaNet(Detector):
 
     def detections(self, prediction, n, k=100):
         if not self.original:
-            return end_to_end_detections(prediction, n, k)
+            return super().detections(prediction, n, k)
         scores = prediction.logits[n].sigmoid()
         return candidate_detections(prediction, scores, n, k, nms=0.5, accept=scores > 0.05)
 
@@ -475,7 +480,7 @@ class FCOS(Detector):
 
     def detections(self, prediction, n, k=100):
         if not self.original:
-            return end_to_end_detections(prediction, n, k)
+            return super().detections(prediction, n, k)
         p = prediction.logits[n].sigmoid()                                            # (Q, C)
         scores = (p * prediction.raw["centreness"][n].sigmoid()[:, None]).sqrt()
         accept = p > 0.05 if self.score_threshold is None else scores > self.score_threshold
@@ -531,7 +536,7 @@ class CenterNet(Detector):
     def detections(self, prediction, n, k=100):
         """The original's "NMS" keeps the cells that are the maximum of their 3x3 neighbours, per class."""
         if not self.original:
-            return end_to_end_detections(prediction, n, k)
+            return super().detections(prediction, n, k)
         scores = prediction.logits[n].sigmoid()                               # (HW, C)
         heat = scores.mT.unflatten(1, prediction.raw["grid"])[None]           # (1, C, H, W)
         peak = (F.max_pool2d(heat, 3, 1, 1) == heat)[0].flatten(1).mT         # (HW, C)
@@ -572,17 +577,21 @@ def sine_position(mask, width, shift=0.0):
 
 
 def inverse_sigmoid(p, eps=1e-5):
+    """Logits of probabilities, which are cut at eps as published so that 0 and 1 stay finite."""
     p = p.clamp(0, 1)
     return (p.clamp(min=eps) / (1 - p).clamp(min=eps)).log()
 
 
 def box_head(width):
-    """Three linear layers; four numbers a query."""
+    """Three linear layers: (..., width) to four numbers."""
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
 
 
 def from_layers(layers, scale, **kind):
-    """Predictions of all decoder layers, boxes as normalised (cx, cy, w, h); the last one carries the others as aux."""
+    """Predictions of all decoder layers; the last one carries the others as aux.
+
+    layers: pairs of logits (B, Q, C) and boxes (B, Q, 4), normalised (cx, cy, w, h)   scale: (B, 1, 4) from image_scale
+    """
     layers = [Prediction(logits.float(), box_convert(boxes, "cxcywh", "xyxy") * scale, centre_l1=True, **kind)
               for logits, boxes in layers]
     layers[-1].aux = layers[:-1]
@@ -590,6 +599,8 @@ def from_layers(layers, scale, **kind):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers on each cell or query alone, a residual, a norm: (..., width) to (..., width)."""
+
     def __init__(self, width, hidden, dropout):
         super().__init__()
         self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
@@ -644,8 +655,10 @@ class DETR(Detector):
     def __init__(self, backbone, num_classes, width=256, heads=8, layers=6, hidden=2048, dropout=0.1, queries=100,
                  stride=32, pixels="rgb"):
         super().__init__(backbone, pixels)
-        self.map = backbone.strides.index(stride)
-        self.project = nn.Conv2d(backbone.channels[self.map], width, 1)
+        self.count = backbone.strides.index(stride) + 1                   # stages of the backbone that are used
+        for stage in backbone.stages()[self.count:]:
+            stage.requires_grad_(False)
+        self.project = nn.Conv2d(backbone.channels[self.count - 1], width, 1)
         self.encoder = nn.ModuleList(EncoderLayer(nn.MultiheadAttention(width, heads, dropout, batch_first=True), width, hidden, dropout)
                                      for _ in range(layers))
         self.decoder = nn.ModuleList(DecoderLayer(nn.MultiheadAttention(width, heads, dropout, batch_first=True), width, heads, hidden, dropout)
@@ -656,7 +669,7 @@ class DETR(Detector):
         self.score, self.box = nn.Linear(width, num_classes + 1), box_head(width)
 
     def forward(self, images, mask):
-        x = self.features(images, mask)[self.map]
+        x = self.features(images, mask, count=self.count)[-1]
         small = mask_like(mask, x)
         position, padding = sine_position(small, self.query.embedding_dim), small.flatten(1)
         memory = self.project(x).flatten(2).mT                            # (B, HW, width)
@@ -740,17 +753,17 @@ class DeformableDETR(Detector):
     refine: each decoder layer corrects the boxes of the one before, with heads of its own.
     two_stage (with refine): the queries start from the best of the encoder's own boxes.
     """
-    slow = ("reference_points", "attention.offset", "cross.offset")
+    slow_parameters = ("reference_points", "attention.offset", "cross.offset")
 
     def __init__(self, backbone, num_classes, width=256, heads=8, layers=6, hidden=1024, dropout=0.1, queries=300, levels=4,
                  points=4, refine=False, two_stage=False, pixels="rgb"):
         super().__init__(backbone, pixels)
         self.queries, self.refine, self.two_stage = queries, refine or two_stage, two_stage
-        maps = backbone.channels[-min(levels, 3):]
-        self.project = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 1), nn.GroupNorm(32, width)) for c in maps)
-        for n in range(levels - len(maps)):   # more levels: from C5, not from its projection
-            self.project.append(nn.Sequential(nn.Conv2d(width if n else maps[-1], width, 3, 2, 1), nn.GroupNorm(32, width)))
-        self.level = nn.Parameter(torch.randn(levels, width))
+        channels = backbone.channels[-min(levels, 3):]
+        self.project = nn.ModuleList(nn.Sequential(nn.Conv2d(c, width, 1), nn.GroupNorm(32, width)) for c in channels)
+        for n in range(levels - len(channels)):                           # more levels: from C5, not from its projection
+            self.project.append(nn.Sequential(nn.Conv2d(width if n else channels[-1], width, 3, 2, 1), nn.GroupNorm(32, width)))
+        self.level_code = nn.Parameter(torch.randn(levels, width))
         attention = lambda: DeformableAttention(width, heads, levels, points)
         self.encoder = nn.ModuleList(EncoderLayer(attention(), width, hidden, dropout) for _ in range(layers))
         self.decoder = nn.ModuleList(DecoderLayer(attention(), width, heads, hidden, dropout) for _ in range(layers))
@@ -759,13 +772,13 @@ class DeformableDETR(Detector):
         self.box = nn.ModuleList(box_head(width) for _ in range(copies))
         if two_stage:
             self.proposal, self.proposal_norm = nn.Linear(width, width), nn.LayerNorm(width)
-            self.start, self.start_norm = nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width)
+            self.query_of_box, self.query_of_box_norm = nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width)
         else:
             self.query, self.reference_points = nn.Embedding(queries, 2 * width), nn.Linear(width, 2)
         self.initialise()
 
     def initialise(self):
-        transformer = [self.encoder, self.decoder, *([self.proposal, self.start] if self.two_stage else [self.reference_points])]
+        transformer = [self.encoder, self.decoder, *([self.proposal, self.query_of_box] if self.two_stage else [self.reference_points])]
         for part in transformer:
             xavier(part)
         for m in self.modules():
@@ -781,7 +794,7 @@ class DeformableDETR(Detector):
             if n == 0 and not self.two_stage:
                 nn.init.constant_(box[-1].bias[2:], -2.0)                 # first boxes an eighth of the image wide
 
-    def maps(self, images, mask):
+    def encoder_inputs(self, images, mask):
         """Projected maps of all levels, joined: memory, position, padding (B, S, ...), shapes, and each level's valid
         share (B, L, 2) along x and y."""
         features = self.features(images, mask)[-min(len(self.project), 3):]
@@ -789,13 +802,13 @@ class DeformableDETR(Detector):
         for n, project in enumerate(self.project[len(features):]):
             xs.append(project(xs[-1] if n else features[-1]))
         masks = [mask_like(mask, x) for x in xs]
-        position = torch.cat([sine_position(m, self.level.shape[1], -0.5) + level for m, level in zip(masks, self.level)], 1)
+        position = torch.cat([sine_position(m, self.level_code.shape[1], -0.5) + code for m, code in zip(masks, self.level_code)], 1)
         valid = torch.stack([torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], -1) for m in masks], 1)
         return (torch.cat([x.flatten(2).mT for x in xs], 1), position, torch.cat([m.flatten(1) for m in masks], 1),
                 [x.shape[-2:] for x in xs], valid)
 
     def forward(self, images, mask):
-        memory, position, padding, shapes, valid = self.maps(images, mask)
+        memory, position, padding, shapes, valid = self.encoder_inputs(images, mask)
         # centres of the cells, as shares of the unpadded image, then seen from every level
         centres = [grid_points(torch.empty(h, w, device=memory.device), 1, 0.5) / (valid[:, None, n] * valid.new_tensor([w, h]))
                    for n, (h, w) in enumerate(shapes)]
@@ -824,7 +837,12 @@ class DeformableDETR(Detector):
         return prediction
 
     def proposals(self, memory, padding, centres):
-        """Two-stage: every cell of every level proposes a box; the best become references and queries."""
+        """Two-stage: every cell of every level proposes a box; the best become references and queries.
+
+        memory: (B, S, width)   centres: of the cells, one (B, hw, 2) a level, normalised
+        Returns content and position of the queries (B, Q, width), their boxes (B, Q, 4) as normalised (cx, cy, w, h), and
+        all proposals: logits (B, S, C), boxes (B, S, 4).
+        """
         start = torch.cat([torch.cat([c, torch.full_like(c, 0.05 * 2 ** n)], -1) for n, c in enumerate(centres)], 1)  # (B, S, 4)
         usable = ((start > 0.01) & (start < 0.99)).all(-1, keepdim=True) & ~padding[..., None]
         y = self.proposal_norm(self.proposal(memory.masked_fill(~usable, 0)))
@@ -832,12 +850,9 @@ class DeformableDETR(Detector):
         boxes = self.box[-1](y).float() + (start / (1 - start)).log().masked_fill(~usable, math.inf)
         best = scores[..., 0].topk(min(self.queries, scores.shape[1]), 1).indices[..., None]    # class 0 stands for any
         chosen = boxes.gather(1, best.expand(-1, -1, 4)).detach().sigmoid()
-        code = sine_code(chosen * 2 * math.pi, self.level.shape[1] // 2).flatten(-2)            # (B, Q, 2 width)
-        query, h = self.start_norm(self.start(code)).chunk(2, -1)
+        code = sine_code(chosen * 2 * math.pi, self.level_code.shape[1] // 2).flatten(-2)            # (B, Q, 2 width)
+        query, h = self.query_of_box_norm(self.query_of_box(code)).chunk(2, -1)
         return h, query, chosen, (scores, boxes.sigmoid())
-
-    def detections(self, prediction, n, k=100):
-        return end_to_end_detections(prediction, n, k)
 
 
 class DynamicConv(nn.Module):
@@ -889,7 +904,8 @@ class Stage(nn.Module):
         xavier(self)
         nn.init.constant_(self.score.bias, PRIOR_BIAS)
 
-    def forward(self, h, boxes, regions):     # (B, Q, width), (B, Q, 4), (BQ, width, 7, 7)
+    def forward(self, h, boxes, regions):
+        """Proposals (B, Q, width), boxes (B, Q, 4) pixels, regions (BQ, width, 7, 7) to proposals, logits (B, Q, C), boxes."""
         h = self.norm1(h + self.attention(h, h, h, need_weights=False)[0])
         h = self.norm2(h + self.dynamic(h.flatten(0, 1), regions.flatten(2).mT).view_as(h))
         h = self.feed_forward(h)
@@ -923,9 +939,6 @@ class SparseRCNN(Detector):
             boxes = boxes.detach()            # each stage learns its own correction
         layers[-1].aux = layers[:-1]
         return layers[-1]
-
-    def detections(self, prediction, n, k=100):
-        return end_to_end_detections(prediction, n, k)
 
 
 DENSE = ("retinanet", "centernet", "fcos")
@@ -1037,6 +1050,8 @@ def load_backbone(backbone, weights):
     if weights == "imagenet":
         if isinstance(backbone, Tiny):
             raise CheckpointError("--backbone-weights imagenet: there are none for the tiny backbone; use a resnet, or none")
+        if backbone.kind == "msra":
+            raise CheckpointError("--backbone-weights imagenet: those are torchvision's; --resnet msra needs a file of MSRA's weights (convert.py)")
         try:
             given = torchvision.models.get_model_weights(backbone.name)["IMAGENET1K_V1"].get_state_dict(progress=True, weights_only=True)
         except OSError as error:

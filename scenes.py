@@ -8,6 +8,7 @@ like its neighbours, a detector told to single it out cannot, and duplicates fol
 
     python scenes.py --out data/scenes              draw 8,000 + 500 pictures (the default data set)
     python scenes.py --show sheet.png               look at them first
+    python scenes.py --set crowd ...                the same for crowds: people that hide each other, as CrowdHuman lies on disk
 
 Everything is a function of (seed, split, index): the same seed gives the same bytes, whatever the
 number of pictures.  What is written is read back by the ordinary COCO reader in data.py.
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 KINDS = ("disk", "ring", "triangle", "star", "crescent", "hook")
 VERSION = 2                     # raise it when the pictures change: old ones are then drawn anew
@@ -175,6 +176,15 @@ def draw(seed, split, index):
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), objects
 
 
+def drawn(folder, name):
+    """Whether a folder holds a finished "scenes" or "crowd" of this file's version, of whatever seed and size."""
+    try:
+        recipe = json.loads((Path(folder) / "complete.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return recipe.get("version") == {"scenes": VERSION, "crowd": CROWD_VERSION}[name] and recipe.get("set", "scenes") == name
+
+
 def write(out, seed=0, counts=COUNTS):
     """Draw the data set into folder `out`: train.json, val.json, train/*.png, val/*.png (COCO).
 
@@ -183,7 +193,7 @@ def write(out, seed=0, counts=COUNTS):
     """
     out = Path(out)
     marker = out / "complete.json"
-    recipe = {"seed": seed, "counts": dict(counts), "version": VERSION}
+    recipe = {"seed": seed, "counts": dict(counts), "set": "scenes", "version": VERSION}
     if marker.exists() and marker.read_text() == json.dumps(recipe):
         return out
     marker.unlink(missing_ok=True)
@@ -210,6 +220,135 @@ def write(out, seed=0, counts=COUNTS):
     return out
 
 
+# ------------------------------------------------------------------------------------------------
+# crowds: figures of one class that overlap heavily, annotated as CrowdHuman is (Section 5)
+# ------------------------------------------------------------------------------------------------
+
+CROWD_VERSION = 1
+CROWD_SIZE = 160
+CROWD_COUNTS = {"train": 4000, "val": 400}
+CROWD_MAX_IOU = 0.47, 0.7       # between full boxes: of most figures, and of those that NMS at 0.5 costs
+CROWD_CLOSE = 0.06              # share of figures that may come so close; NMS then keeps 95% of the boxes
+CROWD_MIN_VISIBLE = 0.3
+
+
+def stroke(a, b, thick):
+    """A thick line from a to b as a quadrilateral."""
+    along = (b - a) / max(np.linalg.norm(b - a), 1e-6)
+    side = thick / 2 * np.array([-along[1], along[0]])
+    return np.array([a + side, b + side, b - side, a - side])
+
+
+def figure(rng, height):
+    """A standing figure around its feet at (0, 0): list of (part, polygon), nearest part last."""
+    wide = height * rng.uniform(0.16, 0.24)                  # shoulders, half
+    skin, hip, neck = rng.uniform(0, 1), -0.47 * height, -0.8 * height
+    parts = []
+    for side in (-1, 1):                                     # legs, then arms
+        foot = np.array([side * wide * rng.uniform(0.2, 1.0), 0.0])
+        parts.append(("legs", stroke(np.array([side * wide * 0.35, hip]), foot, 0.12 * height)))
+    parts.append(("shirt", np.array([[-wide, neck], [wide, neck], [0.7 * wide, hip + 2], [-0.7 * wide, hip + 2]])))
+    for side in (-1, 1):
+        angle = rng.uniform(0.1, 1.9)
+        hand = np.array([side * wide, neck + 2]) + 0.36 * height * np.array([side * np.sin(angle), np.cos(angle)])
+        parts.append(("shirt", stroke(np.array([side * wide * 0.9, neck + 2]), hand, 0.08 * height)))
+    parts.append(("head", arc(0, 2 * np.pi, 0.105 * height)[:-1] * [0.9, 1.1] + [0, -0.89 * height]))
+    lean = rng.normal(0, 0.1)
+    turn = np.array([[np.cos(lean), np.sin(lean)], [-np.sin(lean), np.cos(lean)]])
+    return [(part, polygon @ turn) for part, polygon in parts], skin
+
+
+def part_masks(parts, size):
+    """How much of each pixel each part covers; later parts hide earlier ones of the same figure."""
+    for _, polygon in parts:
+        mask = Image.new("L", (size * SUPERSAMPLE,) * 2)
+        ImageDraw.Draw(mask).polygon([(float(x), float(y)) for x, y in polygon * SUPERSAMPLE], fill=255)
+        yield mask.reduce(SUPERSAMPLE)
+
+
+def draw_crowd(seed, split, index):
+    """Draw one crowd.
+
+    Returns the picture (PIL, RGB) and CrowdHuman's list of boxes: dicts with tag, fbox, vbox, hbox (x, y, width, height;
+    the full box also where the figure is hidden or outside the picture), head_attr, extra.
+    """
+    rng = np.random.default_rng((seed, 7, sorted(CROWD_COUNTS).index(split), index))
+    size, wanted = CROWD_SIZE, int(rng.integers(14, 32))
+    picture = background(rng).resize((size, size), Image.BICUBIC)
+    people = []                                              # feet's y, box, parts, skin
+    for _ in range(80):
+        if len(people) >= wanted:
+            break
+        height = rng.uniform(30, 64)
+        centre = rng.uniform([0.05 * size, 0.3 * size], [0.95 * size, 1.05 * size])
+        for _ in range(int(rng.integers(2, 8))):             # a group: of about one height, side by side
+            tall = height * rng.uniform(0.9, 1.1)
+            parts, skin = figure(rng, tall)
+            feet = centre + rng.normal(0, 1, 2) * [0.55 * height, 0.1 * height]
+            parts = [(part, polygon + feet) for part, polygon in parts]
+            box = extent([polygon for _, polygon in parts])
+            inside = np.minimum(box[2:], size) - np.maximum(box[:2], 0)
+            limit = CROWD_MAX_IOU[int(rng.random() < CROWD_CLOSE)]
+            if len(people) < wanted and (inside > 0.5 * (box[2:] - box[:2])).all() and overlap(box, [p[1] for p in people]) < limit:
+                people.append((feet[1], box, parts, skin))
+    people.sort(key=lambda person: person[0])                # the nearer stand lower, and in front
+    whole = [np.any([np.asarray(m) > 127 for m in part_masks(p[2], size)], axis=0) for p in people]
+    kept = []
+    for n in range(len(people) - 1, -1, -1):                 # from the front: who would be hidden is left out
+        hidden = np.any([whole[k] for k in kept], axis=0) if kept else np.zeros((size, size), bool)
+        if whole[n].any() and (whole[n] & ~hidden).sum() >= CROWD_MIN_VISIBLE * whole[n].sum():
+            kept.append(n)
+    kept = kept[::-1]
+
+    boxes = []
+    for _ in range(int(rng.integers(0, 3))):                 # far crowds, too small to tell apart: ignore regions, behind all
+        w, h = rng.uniform(20, 44), rng.uniform(12, 20)
+        x, y = rng.uniform(0, size - w), rng.uniform(0, 0.4 * size)
+        for _ in range(int(w * h / 22)):
+            at, tall = rng.uniform([x, y + 6], [x + w, y + h]), rng.uniform(6, 9)
+            for (_, polygon), colour in zip(figure(rng, tall)[0], rng.uniform(0, 255, (6, 3))):
+                ImageDraw.Draw(picture).polygon([tuple(map(float, p)) for p in polygon + at], fill=tuple(int(c) for c in colour))
+        region = [round(float(v), 2) for v in (x, y, w, h)]
+        boxes.append({"tag": "mask", "fbox": region, "vbox": region, "hbox": region, "head_attr": {}, "extra": {"ignore": 1}})
+    for order, n in enumerate(kept):
+        _, box, parts, skin = people[n]
+        shirt, legs = rng.uniform(0, 255, (2, 3))
+        colours = {"shirt": shirt, "legs": legs, "head": np.array([255, 205, 160]) * (0.35 + 0.65 * skin)}
+        for (part, _), mask in zip(parts, part_masks(parts, size)):
+            outline = mask.filter(ImageFilter.MaxFilter(3))  # a dark rim sets a figure off from those behind it
+            picture.paste((20, 20, 20), mask=outline.point(lambda v: v // 2))
+            picture.paste(tuple(int(c) for c in colours[part]), mask=mask)
+        behind = np.any([whole[k] for k in kept[order + 1:]], axis=0) if order + 1 < len(kept) else np.zeros((size, size), bool)
+        ys, xs = np.nonzero(whole[n] & ~behind)
+        seen = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
+        xywh = lambda b: [round(float(v), 2) for v in (b[0], b[1], b[2] - b[0], b[3] - b[1])]
+        boxes.append({"tag": "person", "fbox": xywh(box), "vbox": seen, "hbox": xywh(extent([parts[-1][1]])),
+                      "head_attr": {"ignore": 0, "occ": 0, "unsure": 0}, "extra": {"box_id": order, "occ": int(behind.any())}})
+    noisy = np.asarray(picture, np.float32) + rng.normal(0, 5, (size, size, 3)).astype(np.float32)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), boxes
+
+
+def write_crowd(out, seed=0, counts=CROWD_COUNTS):
+    """Draw the crowds into folder `out` as CrowdHuman lies on disk: annotation_train.odgt, annotation_val.odgt, Images/ID.png."""
+    out = Path(out)
+    marker = out / "complete.json"
+    recipe = {"seed": seed, "counts": dict(counts), "set": "crowd", "version": CROWD_VERSION}
+    if marker.exists() and marker.read_text() == json.dumps(recipe):
+        return out
+    marker.unlink(missing_ok=True)
+    print(f"drawing {sum(counts.values()):,} crowds into {out} (once)", flush=True)
+    (out / "Images").mkdir(parents=True, exist_ok=True)
+    for split, count in counts.items():
+        lines = []
+        for index in range(count):
+            picture, boxes = draw_crowd(seed, split, index)
+            picture.save(out / "Images" / f"{split}-{index:05d}.png", compress_level=1)
+            lines.append(json.dumps({"ID": f"{split}-{index:05d}", "gtboxes": boxes}) + "\n")
+        (out / f"annotation_{split}.odgt").write_text("".join(lines))
+    marker.write_text(json.dumps(recipe))
+    return out
+
+
 def contact_sheet(pictures, columns=8, gap=4):
     """Pictures of any sizes side by side on white, row by row, each in a cell of the largest size."""
     width = max(p.width for p in pictures) + gap
@@ -224,25 +363,33 @@ def contact_sheet(pictures, columns=8, gap=4):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="data/scenes", metavar="DIR", help="where to write the data set")
+    parser.add_argument("--set", choices=("scenes", "crowd"), default="scenes", help="which data set (default: scenes)")
+    parser.add_argument("--out", metavar="DIR", help="where to write it (default: data/scenes, data/crowd)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures")
     parser.add_argument("--show", metavar="PNG", help="only draw a contact sheet with boxes into this file")
     args = parser.parse_args()
     try:
         if args.show:
             pictures = []
-            for index in range(40):
-                picture, objects = draw(args.seed, "train", index)
-                picture = picture.resize((2 * SIZE, 2 * SIZE), Image.NEAREST)
+            for index in range(40 if args.set == "scenes" else 15):
+                if args.set == "scenes":
+                    picture, objects = draw(args.seed, "train", index)
+                    boxes = [(o["box"], "red", KINDS[o["kind"]]) for o in objects]
+                else:
+                    picture, objects = draw_crowd(args.seed, "train", index)
+                    boxes = [(np.array([x, y, x + w, y + h]), "red" if o["tag"] == "person" else "yellow", "")
+                             for o in objects for x, y, w, h in [o["fbox"]]]
+                picture = picture.resize((2 * picture.width, 2 * picture.height), Image.NEAREST)
                 pen = ImageDraw.Draw(picture)
-                for o in objects:
-                    pen.rectangle((2 * o["box"]).tolist(), outline="red")
-                    pen.text(tuple(2 * o["box"][:2] + 2), KINDS[o["kind"]], fill="white")
+                for box, colour, name in boxes:
+                    pen.rectangle((2 * box).tolist(), outline=colour)
+                    pen.text(tuple(2 * box[:2] + 2), name, fill="white")
                 pictures.append(picture)
-            contact_sheet(pictures).save(args.show)
+            contact_sheet(pictures, 8 if args.set == "scenes" else 5).save(args.show)
             print(f"wrote {args.show}")
         else:
-            print(f"wrote {write(args.out, args.seed)}")
+            draw_all = write if args.set == "scenes" else write_crowd
+            print(f"wrote {draw_all(args.out or Path('data') / args.set, args.seed)}")
     except (OSError, ValueError) as error:
         print(f"scenes.py: cannot write: {error}", file=sys.stderr)
         sys.exit(2)

@@ -74,23 +74,23 @@ EVERYWHERE = {"assign": "hungarian", "location_cost": "predicted", "class_cost":
               "round_down": False, "layers": 6, "hidden": 2048, "dropout": 0.1, "queries": 100, "stride": 32, "levels": 4, "refine": False,
               "two_stage": False, "roi_size": 224, "dynamic": 64}
 
-# 3.5, 4.6 and 5.2 of the published configurations: OneNet's code, "3x"
+# OneNet's released configurations (projects/OneNet/configs), "3x"; CenterNet's differences below
 ONENET = {"steps": 270_000, "batch_size": 16, "optimizer": "adamw", "lr": 4e-5, "schedule": "step", "milestones": [210_000, 250_000],
           "warmup_steps": 1000, "clip_grad": 1.0, "train_sizes": [640, 672, 704, 736, 768, 800, 832, 864, 896],
           "train_longest": 1500, "crop": 0.5}
-# 3.5 and 5.1: the "1x" of detectron2 and of FCOS's authors, which gave the 37.4 and 38.7 of Table 1's one-to-many column
+# the "1x" of detectron2 (COCO-Detection/retinanet_R_50_FPN_1x) and of FCOS's authors (AdelaiDet, R_50_1x), which gave the 37.4 and 38.7 of Table 1's one-to-many column
 ORIGINAL = {"steps": 90_000, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "schedule": "step", "milestones": [60_000, 80_000],
             "warmup_steps": 1000, "warmup_factor": 0.001, "clip_grad": 0.0, "train_sizes": [640, 672, 704, 736, 768, 800],
             "train_longest": 1333, "crop": 0.0, "skip_empty": True}
-# 4.1: CenterNet with a ResNet-50 as CenterNet-better trains it, which gave the 35.0
+# CenterNet with a ResNet-50 as CenterNet-better trains it, which gave the 35.0
 ORIGINAL_CENTERNET = {**ORIGINAL, "steps": 126_000, "batch_size": 128, "lr": 0.02, "milestones": [81_000, 108_000], "square": 512,
                       "colours": 0.4, "test_size": 0, "skip_empty": False}
 
-# 6 and 7: DETR's 300 and Deformable DETR's 50 epochs; both resize in DETR's way
+# the defaults of DETR's and Deformable DETR's main.py: 300 and 50 epochs; both resize in DETR's way
 DETR = {"steps": 554_400, "batch_size": 64, "lr": 1e-4, "backbone_lr_factor": 0.1, "milestones": [369_600], "warmup_steps": 0, "clip_grad": 0.1,
         "train_sizes": list(range(480, 801, 32)), "train_longest": 1333, "round_down": True, "class_cost": 1.0}
 DEFORMABLE_DETR = {**DETR, "steps": 184_850, "batch_size": 32, "lr": 2e-4, "milestones": [147_880], "class_cost": 2.0, "hidden": 1024, "queries": 300}
-# 8: with 300 proposals
+# sparsercnn.res50.300pro.3x; the rest as OneNet, which descends from it
 SPARSE_RCNN = {"lr": 2.5e-5, "train_sizes": list(range(480, 801, 32)), "train_longest": 1333, "queries": 300}
 
 RECIPES = {
@@ -117,6 +117,17 @@ RECIPES = {
         "deformable-detr": {"width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "levels": 3, "refine": True},
         "sparse-rcnn": {"width": 128, "layers": 3, "hidden": 256, "roi_size": 64, "dynamic": 32},
     },
+    # Section 5 in small: one class, pictures of 160 pixels
+    "crowd": {
+        "": {"backbone": "tiny", "width": 64, "depth": 3, "extra_levels": 0, "steps": 5000, "batch_size": 16,
+             "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [160],
+             "train_longest": 160, "test_size": 160, "test_longest": 160, "workers": 0, "precision": "auto", "max_dets": 500},
+        "fcos": {"box_prior": 3.0}, "retinanet": {"tower_norm": True, "anchor_scales": 1, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
+        "centernet": {"box_prior": 12.0, "neck_widths": [128, 64]},
+        "detr": {"class_cost": 1.0, "stride": 16, "width": 128, "layers": 3, "hidden": 256, "dropout": 0.0},
+        "deformable-detr": {"width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "queries": 100, "levels": 3, "refine": True},
+        "sparse-rcnn": {"width": 128, "layers": 3, "hidden": 256, "queries": 100, "roi_size": 32, "dynamic": 32},
+    },
     "coco": {
         "": {"backbone": "resnet50", "width": 256, "depth": 4, "extra_levels": 2, "workers": 4, "test_size": 800, "test_longest": 1333,
              "checkpoint_every": 2500, "drop_bad_boxes": True, "backbone_weights": "imagenet", "deform": True, **ONENET},
@@ -132,11 +143,22 @@ RECIPES = {
 }
 
 
+# OneNet's and Sparse R-CNN's CrowdHuman configurations: 50 epochs of its 15,000 pictures, 500 detections, no crop
+CROWDHUMAN = {"steps": 46_875, "milestones": [37_500], "crop": 0.0, "max_dets": 500, "test_longest": 1400}
+RECIPES["crowdhuman"] = {
+    **RECIPES["coco"],
+    "": {**RECIPES["coco"][""], **CROWDHUMAN, "train_longest": 1400},
+    "sparse-rcnn": {**SPARSE_RCNN, "train_sizes": list(range(640, 801, 32)), "train_longest": 1500, "test_longest": 1500, "queries": 500},
+    # the one-to-many FCOS of Table 3 has DeFCN's schedule; RetinaNet's is not published and takes the same
+    **dict.fromkeys(("fcos one-to-many", "retinanet one-to-many"),
+                    {**ORIGINAL, "steps": 30_000, "milestones": [20_000, 25_000], "train_sizes": [800], "train_longest": 1400}),
+}
+
+
 def recipe(data_set, detector, one_to_many):
     """The defaults in force for a data set, a detector and a form."""
     known = RECIPES[data_set]
-    one_to_many = " one-to-many" if one_to_many else ""
-    return {**EVERYWHERE, **known[""], **known.get(detector, {}), **(known.get(detector + one_to_many, {}))}
+    return {**EVERYWHERE, **known[""], **known.get(detector, {}), **(known.get(f"{detector} one-to-many", {}) if one_to_many else {})}
 
 
 def make_parser():
@@ -172,7 +194,8 @@ def make_parser():
     g.add_argument("--dynamic", type=int, metavar="N", help="Sparse R-CNN: inner width of the dynamic convolution (published: 64)")
     g = parser.add_argument_group("positive samples (Section 3.2, Table 1)")
     g.add_argument("--assign", metavar="A", help="one-to-many: the detector's original rule, form and losses; hungarian (default): one-to-one; "
-                   "or another strategy: min-cost, top-k, one-to-many-iou, one-to-many-points, my.py:my_function")
+                   "or another strategy with the one-to-one form and losses: min-cost, top-k, one-to-many-iou (RetinaNet's rule on anchors, or on predicted "
+                   "boxes), one-to-many-points (FCOS's rule), my.py:my_function")
     g = parser.add_argument_group("matching cost (Section 3.3, Table 2)")
     g.add_argument("--class-cost", type=float, metavar="W", help="weight of the classification cost (default 2, DETR 1); 0 gives the 'location only' rows, "
                    "where duplicates return")
@@ -216,7 +239,7 @@ def make_parser():
     g.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="bf16 runs the network in bfloat16, costs and losses stay float32; auto: bf16 "
                    "where the device computes in it natively (scenes, custom: auto; coco: fp32, as published)")
     g.add_argument("--eval-every", type=int, metavar="N", help="evaluate every N steps, and always at the end (default 0: only then)")
-    g.add_argument("--max-dets", type=int, metavar="N", help="detections per image in evaluation (default 100)")
+    g.add_argument("--max-dets", type=int, metavar="N", help="detections per image in evaluation (default 100; crowd, crowdhuman: 500)")
     g.add_argument("--log-every", type=int, metavar="N", help="steps between rows of log.csv (default 20)")
     g.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints (default 500; coco: 2500)")
     return parser
@@ -239,7 +262,7 @@ def effective_flags(given):
         if not saved:
             raise models.CheckpointError(f"{given['out']}/last.pt: not a checkpoint of train.py")
         changed = [f"--{name.replace('_', '-')} (was {saved.get(name)}, now {value})" for name, value in given.items()
-                   if value is not None and name not in FREE_ON_RESUME and value != saved.get(name)]
+                   if value is not None and name not in FREE_ON_RESUME and value not in (saved.get(name), "auto")]
         if changed:
             raise UsageError(f"--resume continues the same run, but these flags changed: {', '.join(changed)}; leave them out, or "
                              f"start a new run with --init {given['out']}/last.pt")
@@ -253,9 +276,18 @@ def effective_flags(given):
 
 def check_flags(flags, world):
     """Raises UsageError for values that argparse lets through."""
-    for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "max_dets", "width", "depth"):
+    for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "max_dets", "width", "depth", "layers", "hidden", "queries",
+                 "levels", "dynamic", "roi_size", "anchor_scales"):
         if flags[name] < 1:
             raise UsageError(f"--{name.replace('_', '-')} {flags[name]}: must be at least 1")
+    for name in ("seed", "workers", "eval_every", "extra_levels", "square"):
+        if flags[name] < 0:
+            raise UsageError(f"--{name.replace('_', '-')} {flags[name]}: must not be negative")
+    groups = 8 if flags["detector"] in models.DENSE and flags["width"] < 256 else 32         # of the group norms; heads divide both
+    if flags["width"] % groups:
+        raise UsageError(f"--width {flags['width']}: must be a multiple of {groups}")
+    if len(flags["neck_widths"]) > 3:
+        raise UsageError(f"--neck-widths {flags['neck_widths']}: at most three steps lead up from stride 32")
     if not flags["lr"] > 0 or not math.isfinite(flags["lr"]):
         raise UsageError(f"--lr {flags['lr']}: must be positive")
     if flags["batch_size"] % (world * flags["accumulate"]):
@@ -264,6 +296,10 @@ def check_flags(flags, world):
     if flags["detector"] not in models.DENSE and (flags["assign"] == "one-to-many" or flags["location_cost"] == "predefined"):
         raise UsageError(f"--detector {flags['detector']} has learned object candidates: it knows neither --assign one-to-many nor "
                          f"--location-cost predefined")
+    if flags["assign"] == "one-to-many-points" and flags["detector"] not in ("fcos", "centernet"):
+        raise UsageError(f"--assign one-to-many-points judges points: it goes with FCOS and CenterNet, not with --detector {flags['detector']}")
+    if flags["assign"] == "one-to-many-iou" and flags["location_cost"] == "predefined" and flags["detector"] != "retinanet":
+        raise UsageError("--assign one-to-many-iou with --location-cost predefined compares anchors: it goes with --detector retinanet")
     if flags["assign"] == "one-to-many" and (flags["class_cost"], flags["location_cost"]) != (
             EVERYWHERE["class_cost"], EVERYWHERE["location_cost"]):
         raise UsageError("--assign one-to-many is the detector's original rule; --class-cost and --location-cost do not apply to it")
@@ -315,12 +351,17 @@ def build_arguments(flags, num_classes):
 
 
 def make_cost(model, flags):
-    """cost(one, target) -> (Q, G) for assign.match: Eq. 5, or what the original rule compares."""
+    """cost(one, target) -> (Q, G) for assign.match: Eq. 5, or what a one-to-many rule compares."""
     original, strides = flags["assign"] == "one-to-many", model.strides
     if original and flags["detector"] == "retinanet":
         return lambda one, target: assign.iou_cost(one["candidates"], target["boxes"])
-    if original:
+    if original and flags["detector"] == "centernet":
+        return None                                                  # its targets are a heat map
+    if original or flags["assign"] == "one-to-many-points":
         return lambda one, target: assign.fcos_area_cost(one["candidates"], one["levels"], target["boxes"], strides)
+    if flags["assign"] == "one-to-many-iou":                         # of anchors, or of predicted boxes
+        compared = "candidates" if flags["location_cost"] == "predefined" else "boxes"
+        return lambda one, target: assign.iou_cost(one[compared], target["boxes"])
     location = assign.predicted_location
     if flags["location_cost"] == "predefined":
         location = {"retinanet": assign.anchor_location, "centernet": assign.point_location,
@@ -351,7 +392,7 @@ def make_optimizer(model, flags, device):
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            factor = flags["backbone_lr_factor"] if name.startswith("backbone.") else 0.1 if any(part in name for part in model.slow) else 1.0
+            factor = flags["backbone_lr_factor"] if name.startswith("backbone.") else 0.1 if any(part in name for part in model.slow_parameters) else 1.0
             decay = 0.0 if flags["optimizer"] == "sgd" and id(p) in norms else flags["weight_decay"]
             groups.setdefault((factor, decay, name.startswith("backbone.")), []).append(p)
     groups = [{"params": ps, "lr": flags["lr"] * factor, "peak": flags["lr"] * factor, "weight_decay": decay}
@@ -422,17 +463,17 @@ def to_device(targets, device):
 # the run
 # ------------------------------------------------------------------------------------------------
 
-def train(flags, checkpoint, rank, world, device):
+def train(flags, checkpoint, strategy, rank, world, device):
     """Everything from flags to figures.  Returns metrics (process 0) or None."""
     main_process = rank == 0
     say = print if main_process else lambda *args, **kwargs: None
-    if not main_process and flags["data"] == "scenes":
-        dist.barrier()                                               # process 0 draws the scenes first
+    if not main_process:
+        dist.barrier()                                               # process 0 draws the pictures, and reads their sizes, first
     train_files, val_files = data.locate(flags, "train"), data.locate(flags, "val")
-    if main_process and world > 1 and flags["data"] == "scenes":
+    cache = Path(flags["out"]).parent / "sizes-crowdhuman.json" if flags["data"] == "crowdhuman" else None
+    train_set, val_set = (data.read_annotations(*files, flags["drop_bad_boxes"], cache) for files in (train_files, val_files))
+    if main_process and world > 1:
         dist.barrier()
-    train_set = data.read_coco(*train_files, flags["drop_bad_boxes"])
-    val_set = data.read_coco(*val_files, flags["drop_bad_boxes"])
     if not (~train_set.crowd).any():
         raise data.DataError(f"{train_files[0]}: holds no boxes to learn from")
     if train_set.class_names != val_set.class_names:
@@ -447,7 +488,7 @@ def train(flags, checkpoint, rank, world, device):
     random.seed(flags["seed"])
     build = build_arguments(flags, len(train_set.class_names))
     model = models.build(**build)
-    strategy, cost = make_strategy(flags), make_cost(model, flags)
+    cost = make_cost(model, flags)
     first_step = 0
     if checkpoint:
         if checkpoint["build"] != build:
@@ -461,6 +502,7 @@ def train(flags, checkpoint, rank, world, device):
             for what, names in zip(("got no weights", "left over", "of another shape"), models.load_weights(model, flags["init"])):
                 if names:
                     say(f"--init {flags['init']}: {len(names)} {what}: {', '.join(names)}")
+    torch.manual_seed(flags["seed"] + rank)                          # dropout differs from process to process
     model.to(device).train()
     optimizer = make_optimizer(model, flags, device)
     if checkpoint:
@@ -496,11 +538,13 @@ def train(flags, checkpoint, rank, world, device):
                         "test_transform": test_transform}, out / "last.pt")
 
     def score(step):
-        results = evaluate.detect(model, val_pictures, flags["batch_size"] // world, flags["max_dets"], device, flags["precision"], flags["workers"])
+        images = max(1, flags["batch_size"] // (world * flags["accumulate"]))
+        results = evaluate.detect(model, val_pictures, images, flags["max_dets"], device, flags["precision"], flags["workers"])
         if not main_process:
             return None
         result = evaluate.metrics(val_gt, results, flags["max_dets"], val_set.image_ids)
-        eval_log.row({"step": step, "AP": result["AP"], "AP_nms": result["nms"]["AP"], "AP50": result["AP50"], "AP50_nms": result["nms"]["AP50"]})
+        columns = [name for name in ("AP", "AP50", "mMR", "recall", "JI") if name in result]
+        eval_log.row({"step": step, **{f"{name}{suffix}": figures[name] for name in columns for suffix, figures in (("", result), ("_nms", result["nms"]))}})
         evaluate.write_json(out / "detections.json", results["plain"])
         evaluate.write_json(out / "detections_nms.json", results["nms"])
         evaluate.write_json(out / "metrics.json", result, indent=1)
@@ -589,6 +633,9 @@ def train(flags, checkpoint, rank, world, device):
                 save(done)
                 if stop:
                     raise Interrupted(f"interrupted; step {done} is saved: go on with  python train.py --resume --out {out}")
+            if done == flags["steps"]:                               # all is saved: from here on Ctrl-C simply stops
+                for s, handler in old_handlers.items():
+                    signal.signal(s, handler)
             if (flags["eval_every"] and done % flags["eval_every"] == 0) or done == flags["steps"]:
                 result = score(done)
                 if main_process:
@@ -621,14 +668,16 @@ def main(argv=None):
         flags, checkpoint = effective_flags(given)
         device = flags["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
         if world > 1:
-            device = f"cuda:{local}" if device == "cuda" else device
+            if device.startswith("cuda:"):
+                raise UsageError(f"--device {device}: with several processes each takes a GPU of its own; leave --device out")
             dist.init_process_group("nccl" if "cuda" in device else "gloo")
+        device = f"cuda:{local}" if device == "cuda" else device    # set_device wants an index
         if "cuda" in device:
             torch.cuda.set_device(device)
         if flags["precision"] == "auto":
             flags["precision"] = models.native_precision(device)
         check_flags(flags, world)
-        make_strategy(flags)                                         # a wrong name is told before anything is written
+        strategy = make_strategy(flags)                              # a wrong name is told before anything is written
         if not flags["resume"]:
             names = [flags["out"] or free_name(Path("runs") / run_name(flags))]
             if world > 1:
@@ -636,7 +685,7 @@ def main(argv=None):
             flags["out"] = names[0]
             if (Path(flags["out"]) / "last.pt").exists():
                 raise UsageError(f"--out {flags['out']} holds a run already; add --resume to go on with it, or choose another folder")
-        result = train(flags, checkpoint, rank, world, device)
+        result = train(flags, checkpoint, strategy, rank, world, device)
     except (Interrupted, KeyboardInterrupt) as message:
         if rank == 0:
             print(f"train.py: {message or 'interrupted before the first step'}", file=sys.stderr)

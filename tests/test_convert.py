@@ -1,4 +1,5 @@
 """convert.py beyond test_parity.py (which converts every published layout): files, refusals, folding, evaluation."""
+import argparse
 import json
 import os
 import pickle
@@ -166,23 +167,50 @@ def test_torchvisions_older_names_of_retinanets_towers():
     assert same(convert.convert(old)[1]["model"], convert.convert(new)[1]["model"])
 
 
-def test_imagenet_weights_of_both_kinds_become_backbones(detectron2, tmp_path):
-    """detectron2's ResNet wants --resnet msra: loading it into torchvision's kind is refused, by the flag's name."""
-    msra = {k.removeprefix("backbone.bottom_up."): v for k, v in detectron2.items() if "bottom_up" in k}
-    layout, checkpoint = convert.convert(msra)
-    assert layout == "detectron2 ResNet" and checkpoint["resnet"] == "msra"
-    torch.save(checkpoint, tmp_path / "msra.pt")
+def caffe_names(key):
+    """The name detectron2's R-50.pkl has for a torchvision ResNet's tensor, as its loading logs list them."""
+    key = key.replace("weight", "gamma") if "bn" in key or "downsample.1" in key else key.replace("weight", "w")
+    key = key.replace("bias", "beta")
+    if not key.startswith("layer"):
+        return {"conv1.w": "conv1_w"}.get(key, key.replace("bn1.", "res_conv1_bn_"))
+    layer, block, rest = key[5:].split(".", 2)
+    for old, new in (("downsample.0.", "branch1_"), ("downsample.1.", "branch1_bn_"), *((f"conv{n}.", f"branch2{c}_") for n, c in ((1, "a"), (2, "b"), (3, "c"))),
+                     *((f"bn{n}.", f"branch2{c}_bn_") for n, c in ((1, "a"), (2, "b"), (3, "c")))):
+        if rest.startswith(old):
+            return f"res{int(layer) + 1}_{block}_{new}{rest[len(old):]}"
+
+
+def test_imagenet_weights_of_both_kinds_become_backbones(detectron2, tmp_path, command):
+    """MSRA's want --resnet msra: loading them, or torchvision's into an MSRA network, is refused by the flag's name."""
+    torch.manual_seed(2)
+    source = {k: torch.rand_like(v) for k, v in models.ResNet("resnet50").body.state_dict().items()}
+    arrays = {caffe_names(k): v.numpy() for k, v in source.items()}
+    assert {"conv1_w", "res_conv1_bn_gamma", "res2_0_branch1_bn_running_var", "res4_5_branch2c_w"} <= arrays.keys()
+    arrays |= {"conv1_b": np.zeros(64), "fc1000_w": np.zeros((1000, 2048)), "fc1000_b": np.zeros(1000)}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(arrays))
+    code, out, err = command(convert, tmp_path / "R-50.pkl", "--out", tmp_path / "msra.pt")
+    assert code == 0 and "MSRA" in out, err
     right = models.build("fcos", 3, "resnet50", resnet="msra")
     models.load_backbone(right.backbone, tmp_path / "msra.pt")
-    assert torch.equal(right.backbone.body.layer2[0].downsample[0].weight, msra["res3.0.shortcut.weight"])
-    assert right.pixels == "bgr"
+    assert same(right.backbone.body.state_dict(), source) and right.pixels == "bgr"
     with pytest.raises(models.CheckpointError, match="--resnet msra"):
         models.load_backbone(models.build("fcos", 3, "resnet50").backbone, tmp_path / "msra.pt")
+    with pytest.raises(models.CheckpointError, match="--resnet msra"):
+        models.load_backbone(right.backbone, "imagenet")
 
-    torch.manual_seed(2)
-    source = models.ResNet("resnet18").body.state_dict()
-    layout, checkpoint = convert.convert({**source, "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)})
+    detectron = {k.removeprefix("backbone.bottom_up."): v for k, v in detectron2.items() if "bottom_up" in k} | {"stem.fc.weight": torch.zeros(1000, 2048), "stem.fc.bias": torch.zeros(1000)}
+    layout, checkpoint = convert.convert(detectron)                  # detectron2's conversion of torchvision's weights
+    assert checkpoint["resnet"] == "torchvision"
+    assert torch.equal(checkpoint["model"]["backbone.body.layer2.0.downsample.0.weight"], detectron["res3.0.shortcut.weight"])
+
+    layout, checkpoint = convert.convert({**source, "fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)})
     torch.save(checkpoint, tmp_path / "tv.pt")
-    model = models.build("fcos", 3, "resnet18")
+    model = models.build("fcos", 3, "resnet50")
     models.load_backbone(model.backbone, tmp_path / "tv.pt")
     assert layout == "torchvision ResNet" and same(model.backbone.body.state_dict(), source)
+
+
+def test_a_dilated_detr_is_refused_where_its_file_says_so(tmp_path, command):
+    torch.save({"model": {"query_embed.weight": torch.zeros(1)}, "args": argparse.Namespace(dilation=True)}, tmp_path / "dc5.pth")
+    code, _, err = command(convert, tmp_path / "dc5.pth", "--out", tmp_path / "out.pt")
+    assert code == 2 and "DC5" in err and err.count("\n") == 1

@@ -62,13 +62,13 @@ def sizes_only(sizes):
 # ------------------------------------------------------------------------------------------------
 
 def test_labels_are_ranks_of_category_ids_and_names_are_kept(folder):
-    a = data.read_coco(*save(folder, valid()))
+    a = data.read_annotations(*save(folder, valid()))
     assert a.category_ids == [3, 90] and a.class_names == ["car", "toothbrush"]
     assert a.labels.tolist() == [0, 1, 0]                             # picture 7 first, as in the file
 
 
 def test_pictures_keep_the_order_of_the_file_and_boxes_follow_their_picture(folder):
-    a = data.read_coco(*save(folder, valid()))
+    a = data.read_annotations(*save(folder, valid()))
     assert a.image_ids == [7, 5] and a.file_names == ["a.png", "b.png"] and a.sizes.tolist() == [[30, 40], [40, 30]]
     assert a.first.tolist() == [0, 1, 3]
     assert a.boxes.tolist() == [[0.5, 1.25, 9, 5.25], [1, 2, 11, 22], [0, 0, 30, 40]]
@@ -76,7 +76,7 @@ def test_pictures_keep_the_order_of_the_file_and_boxes_follow_their_picture(fold
 
 
 def test_a_crowd_region_is_no_target_but_is_kept_to_be_ignored(folder):
-    pictures = data.Pictures(data.read_coco(*save(folder, valid())), data.Transform(shortest=(30,)))
+    pictures = data.Pictures(data.read_annotations(*save(folder, valid())), data.Transform(shortest=(30,)))
     _, target = pictures[0, 1]                                        # the second picture
     assert target["boxes"].tolist() == [[1, 2, 11, 22]] and target["labels"].tolist() == [1]
     assert target["ignore"].tolist() == [[0, 0, 30, 40]] and target["image_id"] == 5
@@ -85,7 +85,7 @@ def test_a_crowd_region_is_no_target_but_is_kept_to_be_ignored(folder):
 def test_a_picture_without_annotations_is_an_ordinary_picture(folder):
     content = valid()
     content["annotations"] = []
-    a = data.read_coco(*save(folder, content))
+    a = data.read_annotations(*save(folder, content))
     image, target = data.Pictures(a, data.Transform(shortest=(30,)))[0, 0]
     assert len(a) == 2 and image.shape == (3, 30, 40)
     assert target["boxes"].shape == target["ignore"].shape == (0, 4) and target["labels"].shape == (0,)
@@ -95,12 +95,12 @@ def test_ids_may_be_text(folder):
     content = valid()
     content["images"][0]["id"] = content["annotations"][1]["image_id"] = "first"
     with pytest.raises(data.DataError, match="mix"):
-        data.read_coco(*save(folder, content))
+        data.read_annotations(*save(folder, content))
     content["images"][1]["id"] = content["annotations"][0]["image_id"] = content["annotations"][2]["image_id"] = "5"
     content["categories"] = [{"id": "zebra", "name": "Zebra"}, {"id": "ant", "name": "Ant"}]
     for annotation, category in zip(content["annotations"], ["zebra", "ant", "ant"]):
         annotation["category_id"] = category
-    a = data.read_coco(*save(folder, content))
+    a = data.read_annotations(*save(folder, content))
     assert a.image_ids == ["first", "5"] and a.category_ids == ["ant", "zebra"] and a.class_names == ["Ant", "Zebra"]
     assert a.labels.tolist() == [0, 1, 0]
 
@@ -108,7 +108,7 @@ def test_ids_may_be_text(folder):
 def test_boxes_are_cut_at_the_picture(folder):
     content = valid()
     content["annotations"][1]["bbox"] = [-5, 10.5, 100, 100]          # of a.png, 40 x 30
-    assert data.read_coco(*save(folder, content)).boxes[0].tolist() == [0, 10.5, 40, 30]
+    assert data.read_annotations(*save(folder, content)).boxes[0].tolist() == [0, 10.5, 40, 30]
 
 
 @settings(max_examples=40)
@@ -191,7 +191,7 @@ FAULTS = {
 def test_a_faulty_data_set_is_refused_in_one_sentence_with_file_image_and_annotation(folder, fault):
     content, words = FAULTS[fault]
     with pytest.raises(data.DataError) as error:
-        data.read_coco(*save(folder, content))
+        data.read_annotations(*save(folder, content))
     assert all(word in str(error.value) for word in ["set.json", *words])
     assert "\n" not in str(error.value)
 
@@ -199,9 +199,9 @@ def test_a_faulty_data_set_is_refused_in_one_sentence_with_file_image_and_annota
 def test_without_the_file_or_the_picture_folder_the_message_names_it(folder, tmp_path):
     for file in (tmp_path / "none.json", tmp_path):                   # a folder is no file
         with pytest.raises(data.DataError, match=str(file)):
-            data.read_coco(file, folder / "pictures")
+            data.read_annotations(file, folder / "pictures")
     with pytest.raises(data.DataError, match="nowhere"):
-        data.read_coco(save(folder, valid())[0], tmp_path / "nowhere")
+        data.read_annotations(save(folder, valid())[0], tmp_path / "nowhere")
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -241,7 +241,7 @@ def test_whatever_stands_in_a_data_set_the_check_reports_it_and_does_not_fall_ov
     except data.DataError:
         reported = 1                                                  # nothing in it can be read
     if not reported:
-        a = data.read_coco(json_file, images)
+        a = data.read_annotations(json_file, images)
         assert a.boxes.isfinite().all() and (a.boxes[:, 2:] > a.boxes[:, :2]).all()
         assert a.labels.numel() == 0 or 0 <= a.labels.min() and a.labels.max() < len(a.class_names)
 
@@ -251,8 +251,8 @@ def test_drop_bad_boxes_leaves_out_the_bad_boxes_only_and_says_how_many(folder, 
     content = valid()
     for n, box in enumerate(bad):
         content["annotations"].insert(n, {"id": 10 + n, "image_id": 7, "category_id": 3, "bbox": box})
-    whole = data.read_coco(*save(folder, valid()))
-    a = data.read_coco(*save(folder, content), drop_bad_boxes=True)
+    whole = data.read_annotations(*save(folder, valid()))
+    a = data.read_annotations(*save(folder, content), drop_bad_boxes=True)
     assert torch.equal(a.boxes, whole.boxes) and torch.equal(a.first, whole.first)
     said = capsys.readouterr()
     assert "dropped 3 bad box" in said.err and "annotation 10" in said.err and not said.out
@@ -262,7 +262,7 @@ def test_drop_bad_boxes_still_refuses_other_faults(folder):
     content = changed("annotations", 1, category_id=4)
     content["annotations"][0]["bbox"] = [9, 9, 0, 4]
     with pytest.raises(data.DataError, match="category id 4"):
-        data.read_coco(*save(folder, content), drop_bad_boxes=True)
+        data.read_annotations(*save(folder, content), drop_bad_boxes=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_a_picture_cut_in_the_middle_is_refused_when_it_is_loaded(folder, name):
     path = folder / "pictures" / name
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-    pictures = data.Pictures(data.read_coco(*save(folder, changed("images", 0, file_name=name))), data.Transform())
+    pictures = data.Pictures(data.read_annotations(*save(folder, changed("images", 0, file_name=name))), data.Transform())
     with pytest.raises(data.DataError, match=f"{name} .image 7.: the picture cannot be decoded"):
         pictures[0, 0]
 
@@ -360,7 +360,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
 
 def test_a_picture_of_another_size_than_the_json_says_is_refused_when_it_is_loaded(folder):
     content = changed("images", 1, height=30, width=40)               # b.png is 30 wide and 40 high
-    pictures = data.Pictures(data.read_coco(*save(folder, content)), data.Transform())
+    pictures = data.Pictures(data.read_annotations(*save(folder, content)), data.Transform())
     with pytest.raises(data.DataError, match="b.png .image 5.*is 30 x 40.*says 40 x 30"):
         pictures[0, 1]
 
@@ -533,7 +533,7 @@ def test_boxes_are_clipped_and_emptied_boxes_marked():
 
 
 def test_the_target_says_the_resized_and_the_original_size(folder):
-    pictures = data.Pictures(data.read_coco(*save(folder, valid())), data.Transform(shortest=(60,), longest=70))
+    pictures = data.Pictures(data.read_annotations(*save(folder, valid())), data.Transform(shortest=(60,), longest=70))
     image, target = pictures[0, 0]                                    # 30 x 40 to 52.5 x 70
     assert image.dtype == torch.uint8 and image.shape == (3, 53, 70)
     assert target["size"].tolist() == [53, 70] and target["original_size"].tolist() == [30, 40]
@@ -545,7 +545,7 @@ def test_the_target_says_the_resized_and_the_original_size(folder):
 # ------------------------------------------------------------------------------------------------
 
 def scene_pictures(folder, seed=0):
-    annotations = data.read_coco(folder / "train.json", folder / "train")
+    annotations = data.read_annotations(folder / "train.json", folder / "train")
     return data.Pictures(annotations, data.Transform(shortest=(96, 128, 160), longest=160, flip=0.5, crop=0.5), seed)
 
 
@@ -692,7 +692,7 @@ def voc(tmp_path):
 def test_voc_becomes_coco_that_the_reader_reads(voc, tmp_path):
     written = data.voc2coco(voc, tmp_path / "out")
     assert [Path(file).name for file in written] == ["train.json", "trainval.json"]
-    train, both = (data.read_coco(file, voc / "JPEGImages") for file in written)
+    train, both = (data.read_annotations(file, voc / "JPEGImages") for file in written)
     assert train.file_names == ["a.jpg"] and both.file_names == ["b.jpg", "a.jpg"] and both.first.tolist() == [0, 0, 2]
     assert train.class_names == both.class_names == ["cat", "dog"]
     assert both.boxes.tolist() == [[5, 6, 25, 16], [1.5, 2, 9, 8]]    # edges, so the dog is 20 pixels wide
@@ -704,7 +704,7 @@ def test_vocs_own_lists_of_one_class_are_read_too(voc, tmp_path):
     """Pascal VOC's ImageSets/Main also holds dog_train.txt and the like: a name and 1, -1 or 0 a line."""
     (voc / "ImageSets" / "Main" / "dog_trainval.txt").write_text("a  1\nb -1\n")
     data.voc2coco(voc, tmp_path / "out")
-    assert data.read_coco(tmp_path / "out" / "train.json", voc / "JPEGImages").file_names == ["a.jpg"]
+    assert data.read_annotations(tmp_path / "out" / "train.json", voc / "JPEGImages").file_names == ["a.jpg"]
 
 
 @pytest.mark.parametrize("xml", [
@@ -730,7 +730,7 @@ def test_a_voc_box_without_extent_is_carried_over_for_the_check_to_find(voc, tmp
     file.write_text(file.read_text().replace("<xmax>25</xmax>", "<xmax>5</xmax>"))
     written = data.voc2coco(voc, tmp_path / "out")
     with pytest.raises(data.DataError, match="no extent"):
-        data.read_coco(written[0], voc / "JPEGImages")
+        data.read_annotations(written[0], voc / "JPEGImages")
 
 
 # ------------------------------------------------------------------------------------------------

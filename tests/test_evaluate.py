@@ -170,7 +170,7 @@ def test_the_summary_line_holds_the_two_columns_and_their_difference():
 
 def test_a_detector_that_knows_the_answers_scores_100_through_resizing_and_batching(tiny_scenes, tmp_path):
     """Its boxes come in pixels of the resized pictures, its classes as 0 ... C-1; "nms" here forgets everything."""
-    annotations = data.read_coco(tiny_scenes / "val.json", tiny_scenes / "val")
+    annotations = data.read_annotations(tiny_scenes / "val.json", tiny_scenes / "val")
     pictures = data.Pictures(annotations, data.Transform(shortest=(96,)))
     answers = iter([pictures[key][1] for batch in data.evaluation_batches(annotations, 3) for key in batch])
     model = models.build("fcos", 6, "tiny", width=16, depth=1, extra=0).train()
@@ -202,7 +202,7 @@ def checkpoint(folder, class_names):
 def test_dropped_boxes_are_no_missed_objects_in_evaluation(tiny_scenes, tmp_path, monkeypatch, command):
     """With --drop-bad-boxes a detector that finds every good box scores 100, whatever the file's other boxes are."""
     record = json.loads((tiny_scenes / "val.json").read_text())
-    annotations = data.read_coco(tiny_scenes / "val.json", tiny_scenes / "val")
+    annotations = data.read_annotations(tiny_scenes / "val.json", tiny_scenes / "val")
     pictures = data.Pictures(annotations, data.Transform(shortest=(128,)))
     answers = iter([pictures[key][1] for batch in data.evaluation_batches(annotations, 16) for key in batch])
     record["annotations"] += [{"id": 1000 + n, "image_id": 1, "category_id": 1, "bbox": box, "iscrowd": 0}
@@ -377,7 +377,7 @@ def test_a_one_to_one_detectors_nms_works_on_its_k_best():
     """Three boxes; the two best overlap.  With k = 2 the third is not promoted when NMS removes the second."""
     boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]]).float()
     prediction = models.Prediction(torch.tensor([[[2.0], [1.0], [0.0]]]), boxes[None])
-    found = models.end_to_end_detections(prediction, 0, k=2)
+    found = models.DeformableDETR.detections(None, prediction, 0, k=2)
     assert found["plain"][0].tolist() == boxes[:2].tolist() and found["nms"][0].tolist() == boxes[:1].tolist()
     assert found["plain"][1].tolist() == pytest.approx([1 / (1 + np.exp(-2)), 1 / (1 + np.exp(-1))])
 

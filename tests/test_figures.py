@@ -18,14 +18,14 @@ def test_drawn_boxes_lie_where_the_boxes_are():
 
 def test_training_pictures_show_what_the_transform_made(tiny_scenes, tmp_path):
     """Four cells of 500 x 500 pixels in a row, 4 pixels apart, each under a caption of 14."""
-    pictures = data.Pictures(data.read_coco(tiny_scenes / "train.json", tiny_scenes / "train"), data.Transform((500,), 900))
+    pictures = data.Pictures(data.read_annotations(tiny_scenes / "train.json", tiny_scenes / "train"), data.Transform((500,), 900))
     figures.training_pictures(pictures, tmp_path / "a.png", count=5)
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.size == (4 * 504, 2 * (500 + 14 + 4))
 
 
 def test_ground_truth_and_detections_come_in_pairs(tiny_scenes, tmp_path):
-    pictures = data.Pictures(data.read_coco(tiny_scenes / "val.json", tiny_scenes / "val"), data.Transform((128,), 128))
+    pictures = data.Pictures(data.read_annotations(tiny_scenes / "val.json", tiny_scenes / "val"), data.Transform((128,), 128))
     found = [{"image_id": 1, "category_id": 2, "bbox": [5, 5, 30, 30], "score": 0.9}]
     figures.detections_beside_truth(pictures, found, tmp_path / "a.png", count=3)
     with Image.open(tmp_path / "a.png") as sheet:

@@ -78,13 +78,13 @@ def test_what_lies_in_the_padding_does_not_reach_deformable_detrs_queries(two_st
     model = small("deformable-detr", refine=two_stage, two_stage=two_stage)
     images, mask = pictures(128, 160), torch.zeros(2, 128, 160, dtype=torch.bool)
     mask[1, 64:], mask[1, :, 96:] = True, True
-    maps = model.maps
+    encoder_inputs = model.encoder_inputs
     answers = []
     for noise in (0.0, 100.0):
         def noisy(images, mask):
-            memory, position, padding, shapes, valid = maps(images, mask)
+            memory, position, padding, shapes, valid = encoder_inputs(images, mask)
             return memory + noise * padding[..., None], position, padding, shapes, valid
-        model.maps = noisy
+        model.encoder_inputs = noisy
         answers.append(run(model, images, mask))
     a, b = answers
     assert (a.logits - b.logits).abs().max() < 1e-4 and (a.boxes - b.boxes).abs().max() < 1e-2

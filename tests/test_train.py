@@ -59,8 +59,9 @@ def fails(command):
 
 @pytest.mark.parametrize("detector", ["fcos", "retinanet", "centernet"])
 @pytest.mark.parametrize("row", [["--assign", "one-to-many"], ["--class-cost", "0", "--location-cost", "predefined"],
-                                 ["--location-cost", "predefined"], [], ["--assign", "min-cost"], ["--assign", "top-k"]],
-                         ids=["one-to-many", "location-only", "predefined", "predicted", "min-cost", "top-k"])
+                                 ["--location-cost", "predefined"], [], ["--assign", "min-cost"], ["--assign", "top-k"],
+                                 ["--assign", "one-to-many-iou"]],
+                         ids=["one-to-many", "location-only", "predefined", "predicted", "min-cost", "top-k", "iou"])
 def test_every_row_of_the_dense_half_of_tables_1_and_2_runs_and_leaves_its_files(tiny_scenes, tmp_path, detector, row):
     out = tmp_path / "run"
     train.main(flags(tiny_scenes, detector=detector, steps=2, out=out) + row)
@@ -188,6 +189,14 @@ def test_two_processes_compute_the_losses_and_gradients_of_one(tiny_scenes, tmp_
     assert [d["score"] for d in a] == pytest.approx([d["score"] for d in b], abs=1e-5)
 
 
+@pytest.mark.parametrize("detector, more", [("detr", []), ("deformable-detr", ["--two-stage"]), ("sparse-rcnn", []), ("centernet", [])])
+def test_every_kind_of_detector_trains_in_two_processes(tiny_scenes, tmp_path, detector, more):
+    """No parameter may be left without a gradient, on which the processes would wait for each other in the second step."""
+    small = {"width": 32, "layers": 2, "hidden": 32, "queries": 10, "steps": 3}
+    run_processes(2, flags(tiny_scenes, out=tmp_path / "run", detector=detector, **small) + more)
+    assert len(rows(tmp_path / "run" / "log.csv")) == 3
+
+
 def test_micro_batches_add_up_to_the_same_step(tiny_scenes, tmp_path, descent):
     train.main(flags(tiny_scenes, out=tmp_path / "one", **descent))
     train.main(flags(tiny_scenes, out=tmp_path / "four", accumulate=4, **descent))
@@ -297,6 +306,25 @@ def test_the_recipes_last_as_long_as_published(detector, one_to_many, epochs):
     assert found["steps"] * found["batch_size"] / 118_287 == pytest.approx(epochs, abs=0.06)
 
 
+def test_a_single_gpu_is_named_by_its_index(tiny_scenes, tmp_path, monkeypatch):
+    """torch.cuda.set_device wants one; without torchrun it is 0.  There is no GPU here: the run ends where it would begin."""
+    named = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", named.append)
+    monkeypatch.setattr(train, "train", lambda flags, checkpoint, strategy, rank, world, device: named.append(device) or sys.exit(0))
+    arguments = flags(tiny_scenes, out=tmp_path / "run")
+    at = arguments.index("--device")
+    with pytest.raises(SystemExit):
+        train.main(arguments[:at] + arguments[at + 2:])
+    assert named == ["cuda:0", "cuda:0"] and torch.device(named[0]).index == 0
+
+
+def test_resume_takes_precision_auto_for_what_it_was(tiny_scenes, tmp_path):
+    arguments = flags(tiny_scenes, out=tmp_path / "run", precision="auto")
+    train.main(arguments)
+    train.main(arguments + ["--resume"])
+
+
 def test_bad_flags_are_told_by_name(tiny_scenes, tmp_path, fails):
     out = {"out": tmp_path / "run"}
     fails(flags(tiny_scenes, **out, assign="cheapest"), "cheapest", "hungarian")
@@ -305,6 +333,10 @@ def test_bad_flags_are_told_by_name(tiny_scenes, tmp_path, fails):
     fails(flags(tiny_scenes, **out, lr=-1), "--lr")
     fails(flags(tiny_scenes, **out, assign="one-to-many", **{"class-cost": 0}), "--class-cost")
     fails(flags(tiny_scenes, **out, detector="yolo"), "yolo")
+    fails(flags(tiny_scenes, **out, detector="retinanet", assign="one-to-many-points"), "one-to-many-points", "FCOS")
+    fails(flags(tiny_scenes, **out, seed=-1), "--seed")
+    fails(flags(tiny_scenes, **out, detector="detr", layers=0), "--layers")
+    fails(flags(tiny_scenes, **{**out, "width": 100}), "--width", "multiple")
     fails(flags(tiny_scenes, **out, detector="detr", assign="one-to-many"), "--detector detr", "one-to-many")
     fails(flags(tiny_scenes, **out, detector="sparse-rcnn", **{"location-cost": "predefined"}), "sparse-rcnn", "predefined")
     fails(flags(tiny_scenes, **out, **{"train-json": tmp_path / "none.json"}), "none.json")

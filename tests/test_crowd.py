@@ -1,0 +1,277 @@
+"""Crowded scenes, from drawing and reading to the figures of Table 3.
+
+The published evaluation (OneNet's script, commit cb860adb; CrowdDet's JI, fa0b55b6) judges on 40 pictures of reference.pt.gz; slow
+loops and hand-made cases judge the rest.
+"""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from torchvision.ops import box_iou, nms
+
+import data
+import evaluate
+import scenes
+import train
+from test_parity import reference
+
+
+def write_lines(file, records):
+    file.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return file
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory):
+    """A small crowd data set: 12 pictures to train on, 5 to evaluate."""
+    return scenes.write_crowd(tmp_path_factory.mktemp("crowd"), seed=0, counts={"train": 12, "val": 5})
+
+
+# ------------------------------------------------------------------------------------------------
+# the figures
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_the_figures_are_those_of_the_published_evaluation(tmp_path, command, missing):
+    """From the command line; once with two pictures that have no line in the result file."""
+    record = reference()["crowdhuman_eval/"]
+    gt = write_lines(tmp_path / "gt.odgt", record["gt"])
+    dt = write_lines(tmp_path / "dt.odgt", [r for r in record["dt"] if not (missing and r["ID"] in record["missing"])])
+    code, out, err = command(evaluate, "results", "--protocol", "crowdhuman", "--gt", gt, "--dt", dt, "--out", tmp_path / "m.json")
+    assert code == 0, err
+    ours = json.loads((tmp_path / "m.json").read_text())
+    expected = record["expected"]["onenet_script_missing_records" if missing else "onenet_script"]
+    for name, theirs in (("AP50", "AP"), ("mMR", "mMR"), ("recall", "recall")):
+        assert ours[name] == pytest.approx(100 * expected[theirs], abs=1e-4)            # percent: 1e-6 of one
+    if not missing:
+        assert ours["JI"] == pytest.approx(100 * record["JI"], abs=1e-4)
+
+
+def slow_match(persons, ignored, boxes, threshold=0.5):
+    """One detection after the other, as the protocol's text says it: "hit", "miss" or "none"."""
+    def iou(a, b):
+        w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+        inter = max(w, 0) * max(h, 0)
+        return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter + 1e-6), inter / ((a[2] - a[0]) * (a[3] - a[1]))
+    taken, answers = set(), []
+    for box in boxes:
+        best, chosen = threshold, None
+        for g, person in enumerate(persons):
+            if g not in taken and iou(box, person)[0] > best:
+                best, chosen = iou(box, person)[0], g
+        if chosen is not None:
+            taken.add(chosen)
+            answers.append("hit")
+        else:
+            answers.append("none" if any(iou(box, region)[1] > threshold for region in ignored) else "miss")
+    return answers
+
+
+BOXES = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 30), st.integers(1, 30)), max_size=12).map(
+    lambda rows: np.array([(x, y, x + w, y + h) for x, y, w, h in rows], float).reshape(-1, 4))
+
+
+@settings(max_examples=100)
+@given(BOXES, BOXES, BOXES)
+def test_matching_agrees_with_a_slow_loop(persons, ignored, boxes):
+    hits, counts = evaluate.match_crowd(evaluate.overlaps(boxes, persons)[0], evaluate.overlaps(boxes, ignored)[1])
+    ours = ["hit" if hit else "miss" if count else "none" for hit, count in zip(hits, counts)]
+    assert ours == slow_match(persons, ignored, boxes)
+
+
+@settings(max_examples=50)
+@given(BOXES, BOXES)
+def test_overlaps_are_torchvisions(a, b):
+    assert np.allclose(evaluate.overlaps(a, b)[0], box_iou(torch.from_numpy(a), torch.from_numpy(b)).numpy().reshape(len(a), len(b)), atol=1e-5)
+
+
+def picture(persons, ignored=()):
+    return {"a": (np.array(persons, float).reshape(-1, 4), np.array(ignored, float).reshape(-1, 4), 200, 200)}
+
+
+def found(*boxes):
+    return {"a": np.array([(*box, score) for box, score in boxes], float).reshape(-1, 5)}
+
+
+def test_hand_made_figures():
+    """Two persons; best detection right, second wrong, third right: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1.
+
+    AP50 counts trapezoids from the second detection on: (1/2 + 2/3) / 2 * 1/2.  FPPI 0, 1, 1: all nine references are first
+    reached by the second detection, where half is missed.
+    """
+    one, other, nowhere = (0, 0, 50, 100), (100, 0, 150, 100), (0, 150, 40, 190)
+    ours = evaluate.crowd_metrics(picture([one, other]), found((one, 0.9), (nowhere, 0.8), (other, 0.7)))
+    assert ours["AP50"] == pytest.approx(100 * (1 / 2 + 2 / 3) / 2 / 2, abs=1e-3)
+    assert ours["mMR"] == pytest.approx(50, abs=1e-3) and ours["recall"] == 100
+    assert ours["JI"] == pytest.approx(100 * 2 / 3, abs=1e-3)                # 2 pairs among 2 persons and 3 detections
+
+
+def test_a_second_detection_of_a_person_is_false_and_one_in_an_ignore_region_does_not_count():
+    one, region = (0, 0, 50, 100), (100, 100, 200, 200)
+    twice = evaluate.crowd_metrics(picture([one], [region]), found((one, 0.9), (one, 0.9), ((110, 110, 150, 150), 0.95)))
+    assert twice == evaluate.crowd_metrics(picture([one], [region]), found((one, 0.9), (one, 0.9)))
+    assert twice["recall"] == 100 and twice["JI"] == pytest.approx(50, abs=1e-3)       # no score threshold parts the two
+
+
+@pytest.mark.parametrize("persons, detections, expected", [
+    ([], [], {"AP50": -1, "mMR": -1, "recall": -1, "JI": 0}),                           # nobody there
+    ([], [((0, 0, 9, 9), 0.9)], {"AP50": -1, "mMR": -1, "recall": -1, "JI": 0}),
+    ([(0, 0, 50, 100)], [], {"AP50": 0, "mMR": 100, "recall": 0, "JI": 0}),
+    ([(0, 0, 50, 100)], [((0, 0, 50, 100), 0.9)], {"AP50": 0, "mMR": 0, "recall": 100, "JI": 100})])     # no trapezoid in one point; no miss: no log
+def test_pictures_without_people_or_detections_and_a_miss_rate_of_zero(persons, detections, expected):
+    ours = evaluate.crowd_metrics(picture(persons), found(*detections))
+    assert {k: round(v, 3) for k, v in ours.items()} == expected and all(math.isfinite(v) for v in ours.values())
+
+
+def test_a_picture_of_ignore_regions_only_changes_the_fppi_and_nothing_else():
+    one = (0, 0, 50, 100)
+    pictures = picture([one])
+    pictures["b"] = np.zeros((0, 4)), np.array([[0, 0, 200, 200.0]]), 200, 200
+    detections = {**found((one, 0.9)), "b": np.array([[10, 10, 50, 50, 0.99]])}
+    assert evaluate.crowd_metrics(pictures, detections)["recall"] == 100
+
+
+def test_only_the_best_500_detections_of_a_picture_count():
+    one = (0, 0, 50, 100)
+    boxes = [((150, 150, 160, 160), 0.9 - n / 1000) for n in range(500)] + [(one, 0.1)]
+    assert evaluate.crowd_metrics(picture([one]), found(*boxes))["recall"] == 0
+    assert evaluate.crowd_metrics(picture([one]), found(*boxes), max_dets=501)["recall"] == 100
+
+
+# ------------------------------------------------------------------------------------------------
+# reading
+# ------------------------------------------------------------------------------------------------
+
+def person(x, y, w, h, **extra):
+    return {"tag": "person", "fbox": [x, y, w, h], "vbox": [x, y, w, h], "hbox": [x, y, 5, 5], "head_attr": {}, "extra": extra}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "Images").mkdir()
+    for name in ("a.jpg", "b.png"):
+        Image.new("RGB", (80, 60)).save(tmp_path / "Images" / name)
+    return tmp_path
+
+
+GOOD = [{"ID": "a", "gtboxes": [person(-10, 5, 40, 80), person(30, 5, 20, 40, ignore=1), {**person(0, 0, 30, 20), "tag": "mask", "extra": {"ignore": 1}}]},
+        {"ID": "b", "gtboxes": []}]
+
+
+def test_full_boxes_are_clipped_and_ignored_ones_never_targets(folder):
+    a = data.read_annotations(write_lines(folder / "f.odgt", GOOD), folder / "Images")
+    assert a.image_ids == ["a", "b"] and a.file_names == ["a.jpg", "b.png"] and a.sizes.tolist() == [[60, 80]] * 2
+    assert a.boxes.tolist() == [[0, 5, 30, 60], [30, 5, 50, 45], [0, 0, 30, 20]]
+    assert a.crowd.tolist() == [False, True, True] and a.first.tolist() == [0, 3, 3]
+    _, target = data.Pictures(a, data.Transform((60,), 80))[0, 0]
+    assert target["boxes"].tolist() == [[0, 5, 30, 60]] and len(target["ignore"]) == 2
+
+
+def test_the_published_sample_line_is_read_as_six_persons_and_a_mask(tmp_path):
+    """One line of CrowdHuman's own file (ID with a comma), in the shape the data set has."""
+    line = {"ID": "283554,35288000868e92d4", "gtboxes": [person(100 * n, 10, 90, 300, box_id=n, occ=1) for n in range(6)]
+            + [{"tag": "mask", "hbox": [5, 5, 9, 9], "head_attr": {}, "fbox": [5, 5, 90, 90], "vbox": [5, 5, 9, 9], "extra": {"ignore": 1}}]}
+    (tmp_path / "Images").mkdir()
+    Image.new("RGB", (700, 400)).save(tmp_path / "Images" / "283554,35288000868e92d4.jpg")
+    a = data.read_annotations(write_lines(tmp_path / "f.odgt", [line]), tmp_path / "Images")
+    assert a.crowd.tolist() == [False] * 6 + [True]
+
+
+def test_sizes_are_read_once_and_kept_outside_the_data_folder(folder, tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("out") / "sizes.json"
+    file = write_lines(folder / "f.odgt", GOOD)
+    before = sorted(folder.rglob("*"))
+    first = data.read_annotations(file, folder / "Images", cache=cache)
+    assert json.loads(cache.read_text()) == {"a": [60, 80], "b": [60, 80]}
+    monkeypatch.setattr(data, "picture_size", lambda path: pytest.fail("opened again"))
+    again = data.read_annotations(file, folder / "Images", cache=cache)
+    assert torch.equal(first.sizes, again.sizes) and sorted(folder.rglob("*")) == before
+    cache.write_text("{ broken")
+    monkeypatch.undo()
+    assert data.read_annotations(file, folder / "Images", cache=cache).sizes.tolist() == [[60, 80]] * 2
+
+
+FAULTS = {"broken line": "{", "missing field": {"gtboxes": []}, "duplicate ID": GOOD[0], "missing picture": {"ID": "c", "gtboxes": []},
+          "unknown tag": {"ID": "b", "gtboxes": [{**person(1, 1, 9, 9), "tag": "dog"}]},
+          "box is not four finite numbers": {"ID": "b", "gtboxes": [person(1, float("nan"), 9, 9)]},
+          "box without extent in the picture": {"ID": "b", "gtboxes": [person(200, 1, 9, 9)]}}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_every_fault_is_told_by_line_and_counted_by_the_check(folder, command, kind):
+    file = write_lines(folder / "f.odgt", [GOOD[0], FAULTS[kind]])
+    with pytest.raises(data.DataError, match="line 2"):
+        data.read_annotations(file, folder / "Images")
+    code, out, _ = command(data, "check", "--json", file, "--images", folder / "Images")
+    assert code == 1 and f"  {kind}: 1" in out and "line 2" in out
+
+
+def test_an_ignored_box_outside_the_picture_is_no_fault(folder):
+    """The published masks often stick out."""
+    file = write_lines(folder / "f.odgt", [{"ID": "a", "gtboxes": [person(200, 1, 9, 9, ignore=1), person(1, 1, 9, 9)]}])
+    assert data.read_annotations(file, folder / "Images").crowd.tolist() == [False]
+
+
+@pytest.mark.parametrize("line, words", [("{", "line 1"), ({"ID": "a"}, "dtboxes"), ({"ID": "x", "dtboxes": []}, "'x'"),
+                                         ({"ID": "a", "dtboxes": [{"box": [1, 2, 3], "score": 1}]}, "detection 0")])
+def test_a_bad_result_file_is_one_sentence(folder, command, line, words):
+    gt = write_lines(folder / "gt.odgt", [{**record, "height": 60, "width": 80} for record in GOOD])
+    code, _, err = command(evaluate, "results", "--protocol", "crowdhuman", "--gt", gt, "--dt", write_lines(folder / "dt.odgt", [line]))
+    assert code == 2 and err.count("\n") == 1 and words in err
+
+
+# ------------------------------------------------------------------------------------------------
+# the embedded crowds
+# ------------------------------------------------------------------------------------------------
+
+def test_the_same_seed_gives_the_same_crowd(crowd, tmp_path):
+    again = scenes.write_crowd(tmp_path / "again", seed=0, counts={"train": 2, "val": 1})
+    for name in ("train-00000.png", "train-00001.png", "val-00000.png"):
+        assert (crowd / "Images" / name).read_bytes() == (again / "Images" / name).read_bytes()
+    assert (again / "annotation_train.odgt").read_text().splitlines() == (crowd / "annotation_train.odgt").read_text().splitlines()[:2]
+
+
+def test_crowds_are_crowds(crowd):
+    """10 to 30 persons, heads and visible parts inside their boxes, up to two ignore regions; and the reader finds no fault."""
+    counts, regions = [], []
+    for line in (crowd / "annotation_train.odgt").read_text().splitlines():
+        boxes = json.loads(line)["gtboxes"]
+        people = [b for b in boxes if b["tag"] == "person"]
+        counts.append(len(people))
+        regions.append(len(boxes) - len(people))
+        for b in people:
+            x, y, w, h = b["fbox"]
+            for part in (b["vbox"], b["hbox"]):
+                assert x - 1 <= part[0] and y - 1 <= part[1] and part[0] + part[2] <= x + w + 1 and part[1] + part[3] <= y + h + 1
+    assert 10 <= min(counts) and max(counts) <= 31 and np.mean(counts) > 15 and 0 <= min(regions) and max(regions) == 2
+    assert data.check(crowd / "annotation_train.odgt", crowd / "Images") == 0
+
+
+def test_nms_keeps_95_percent_of_the_annotation_boxes():
+    """At IoU 0.5, over 40 crowds, scores random: the ceiling the paper reports for CrowdHuman."""
+    kept = total = 0
+    for index in range(40):
+        people = torch.tensor([b["fbox"] for b in scenes.draw_crowd(0, "val", index)[1] if b["tag"] == "person"], dtype=torch.float64)
+        boxes = torch.cat([people[:, :2], people[:, :2] + people[:, 2:]], 1).clamp(0, scenes.CROWD_SIZE)
+        kept, total = kept + len(nms(boxes, torch.rand(len(boxes), dtype=torch.float64), 0.5)), total + len(boxes)
+    assert 0.93 < kept / total < 0.97
+
+
+def test_a_crowd_trains_and_leaves_its_figures(crowd, tmp_path, command):
+    custom = {"train-json": crowd / "annotation_train.odgt", "train-images": crowd / "Images", "val-json": crowd / "annotation_val.odgt",
+              "val-images": crowd / "Images", "train-sizes": 96, "train-longest": 96, "test-size": 96, "test-longest": 96}
+    flags = [part for name, value in custom.items() for part in (f"--{name}", str(value))]
+    train.main(["--data", "custom", *flags, "--steps", "2", "--batch-size", "4", "--width", "16", "--depth", "1", "--device", "cpu", "--precision", "fp32",
+                "--max-dets", "500", "--out", str(tmp_path / "run")])
+    figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for part in (figures, figures["nms"]):
+        assert {"AP50", "mMR", "recall", "JI", "coco"} <= part.keys()
+    code, out, err = command(evaluate, "--weights", tmp_path / "run" / "last.pt", "--device", "cpu", "--out", tmp_path / "again")
+    assert code == 0 and "mMR" in out, err
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text()) == figures
+    code, out, _ = command(evaluate, "annotations", "--data", "custom", "--val-json", crowd / "annotation_val.odgt", "--val-images", crowd / "Images")
+    assert code == 0 and out.count("NMS at IoU") == 7
