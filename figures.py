@@ -4,6 +4,7 @@
 """
 import argparse
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -79,15 +80,30 @@ def detections_beside_truth(pictures, detections, file, count=12, threshold=0.3)
     contact_sheet(cells, columns=6).save(file)
 
 
+def row_name(run):
+    """A run in the words of Tables 1 and 2, from its args.json; the folder's name if there is none."""
+    file = Path(run) / "args.json"
+    if not file.exists():
+        return Path(run).name
+    flags = json.loads(file.read_text())
+    if flags["assign"] == "one-to-many":
+        rule = "one-to-many"
+    else:
+        rule = "one-to-one" if flags["assign"] == "hungarian" else flags["assign"]
+        rule += ", class cost, " if flags["class_cost"] else ", location only, "
+        rule += flags["location_cost"].replace("predefined", "pre-defined")
+    return f"{flags['detector']}, {rule}" + (f", seed {flags['seed']}" if flags["seed"] else "")
+
+
 def learning_curves(runs, file):
-    """AP without (full line) and with NMS (dashed) over training, one colour a run.  Reads each run's eval.csv."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    """AP without (full line) and with NMS (dashed) over training, one colour a run.  Reads each run's eval.csv and args.json."""
+    figure, axes = plt.subplots(figsize=(7, 4.2))
     for n, run in enumerate(runs):
         with open(Path(run) / "eval.csv", newline="") as stream:
             rows = list(csv.DictReader(stream))
         step = [int(row["step"]) for row in rows]
-        axes.plot(step, [float(row["AP"]) for row in rows], f"C{n}-", label=f"{Path(run).name}, no NMS")
-        axes.plot(step, [float(row["AP_nms"]) for row in rows], f"C{n}--", label=f"{Path(run).name}, with NMS")
+        axes.plot(step, [float(row["AP"]) for row in rows], f"C{n}-", label=row_name(run))
+        axes.plot(step, [float(row["AP_nms"]) for row in rows], f"C{n}--", label="    the same with NMS")
     axes.set_xlabel("training step")
     axes.set_ylabel("AP on the validation pictures")
     axes.set_ylim(bottom=0)
