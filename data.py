@@ -644,7 +644,7 @@ def locate(flags, split):
 # the check, and Pascal VOC
 # ------------------------------------------------------------------------------------------------
 
-def check(json_file, image_dir, out=sys.stdout):
+def check(json_file, image_dir, out=None):
     """Print every fault of a data set, then counts by kind.  Returns the number of faults."""
     annotations, faults = (parse_odgt if str(json_file).endswith(".odgt") else parse_coco)(json_file, image_dir)[:2]
     for i in range(len(annotations)):
