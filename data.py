@@ -208,6 +208,37 @@ def parse_coco(json_file, image_dir):
 # CrowdHuman: one JSON object per line, full boxes, no picture sizes (Section 5.1)
 # ------------------------------------------------------------------------------------------------
 
+def odgt_lines(file, boxes):
+    """The lines of an .odgt file that are not blank: (number, record, (kind of fault, what is wrong)), nothing being "".
+
+    A good record has an ID that could name a picture, not used before, and the list `boxes`.  Raises DataError.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from None
+    except ValueError as error:
+        raise DataError(f"{file}: not a text file ({error})") from None
+    seen = set()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        record, problem = None, ("", "")
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problem = "broken line", f"is not valid JSON ({error})"
+        else:
+            name = record.get("ID") if isinstance(record, dict) else None
+            if not isinstance(name, str) or not name or escapes(name) or not isinstance(record.get(boxes), list):
+                problem = "missing field", f"lacks an ID that names a picture, or the list {boxes}"
+            elif name in seen:
+                problem = "duplicate ID", f"uses ID {name} a second time"
+            else:
+                seen.add(name)
+        yield number, record, problem
+
+
 def parse_odgt(odgt_file, image_dir, sizes=None):
     """Read a CrowdHuman annotation file without trusting it: its full boxes (fbox).
 
@@ -218,36 +249,19 @@ def parse_odgt(odgt_file, image_dir, sizes=None):
     As published, whatever carries extra.ignore is never a target and is ignored in evaluation; so is, as in CrowdDet,
     whatever is not tagged a person (the published masks all carry ignore).
     """
-    sizes, faults, seen = {} if sizes is None else sizes, [], set()
+    sizes, faults = {} if sizes is None else sizes, []
 
     def fault(kind, text, box=False, extent=False):
         faults.append(Fault(kind, f"{odgt_file}: {text}", box, extent))
 
-    try:
-        lines = Path(odgt_file).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{odgt_file}: cannot be read ({error.strerror}); check the path") from None
-    except ValueError as error:
-        raise DataError(f"{odgt_file}: not a text file ({error})") from None
     if image_dir is not None and not Path(image_dir).is_dir():
         raise DataError(f"{image_dir}: no such folder of pictures; check --images (or --data-dir)")
     ids, names, given, table, raw = [], [], [], [], {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, record, (kind, wrong) in odgt_lines(odgt_file, "gtboxes"):
+        if wrong:
+            fault(kind, f"line {number} {wrong}")
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            fault("broken line", f"line {number} is not valid JSON ({error})")
-            continue
-        name = record.get("ID") if isinstance(record, dict) else None
-        if not isinstance(name, str) or not name or escapes(name) or not isinstance(record.get("gtboxes"), list):
-            fault("missing field", f"line {number} lacks an ID that names a picture, or the list gtboxes")
-            continue
-        if name in seen:
-            fault("duplicate ID", f"line {number}: ID {name} is used twice")
-            continue
-        seen.add(name)
+        name = record["ID"]
         size = record.get("height"), record.get("width")
         file_name = name + ".jpg"
         if image_dir is not None and not os.path.isfile(Path(image_dir) / file_name):

@@ -81,7 +81,7 @@ def ground_truth(annotations):
     a = annotations
     if str(a.json_file).endswith(".odgt"):
         _, _, raw = data.parse_odgt(a.json_file, None, dict(zip(a.image_ids, a.sizes.tolist())))
-        pictures = {name: (boxes[~ignore], boxes[ignore], *size) for (name, (boxes, ignore)), size in zip(raw.items(), a.sizes.tolist())}
+        pictures = crowd_truth(raw, a.sizes)
         image = torch.repeat_interleave(torch.arange(len(a)), a.first.diff()).tolist()
         boxes = [{"image_id": a.image_ids[i], "category_id": 1, "iscrowd": int(crowd), "bbox": [x1, y1, x2 - x1, y2 - y1]}
                  for i, crowd, (x1, y1, x2, y2) in zip(image, a.crowd.tolist(), a.boxes.tolist())]
@@ -152,6 +152,11 @@ def jaccard_index(iou, over_ignored, person_ignored, scores):
         m = iou.shape[1] - int((missed & person_ignored).sum())
         values.append(k / (m + n - k + 1e-6) if m or n else np.nan)
     return values
+
+
+def crowd_truth(raw, sizes):
+    """What crowd_metrics compares with, from data.parse_odgt's raw boxes and sizes: {ID: (persons, ignored, height, width)}."""
+    return {name: (boxes[~ignore], boxes[ignore], *size) for (name, (boxes, ignore)), size in zip(raw.items(), sizes.tolist())}
 
 
 def crowd_metrics(pictures, detections, max_dets=500):
@@ -254,23 +259,11 @@ def describe(figures):
 
 
 def read_odgt_results(file):
-    """A result file in CrowdHuman's format: {ID: (D, 5)}, xyxy and score."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise data.DataError(f"{file}: cannot be read ({error})") from None
-    found = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise data.DataError(f"{file}: line {number} is not valid JSON ({error})") from None
-        if not (isinstance(record, dict) and isinstance(record.get("ID"), str) and isinstance(record.get("dtboxes"), list)):
-            raise data.DataError(f"{file}: line {number} lacks an ID or the list dtboxes")
-        if record["ID"] in found:
-            raise data.DataError(f"{file}: line {number}: ID {record['ID']} is used twice")
+    """A result file in CrowdHuman's format: {ID: (D, 5)}, xyxy and score, and the {ID: (height, width)} it states."""
+    found, sizes = {}, {}
+    for number, record, (_, wrong) in data.odgt_lines(file, "dtboxes"):
+        if wrong:
+            raise data.DataError(f"{file}: line {number} {wrong}")
         rows = []
         for n, d in enumerate(record["dtboxes"]):
             if not (isinstance(d, dict) and data.is_number(d.get("score")) and isinstance(d.get("box"), list) and len(d["box"]) == 4
@@ -280,17 +273,14 @@ def read_odgt_results(file):
             x, y, w, h = d["box"]
             rows.append((x, y, x + w, y + h, d["score"]))
         found[record["ID"]] = np.array(rows).reshape(-1, 5)
-    return found
+        if all(data.is_number(record.get(k)) and record[k] >= 1 for k in ("height", "width")):
+            sizes[record["ID"]] = record["height"], record["width"]
+    return found, sizes
 
 
 def score_odgt(gt_file, dt_file, max_dets):
     """CrowdHuman's figures of a result file.  Sizes come from the ground truth's lines, or else from the results'."""
-    found = read_odgt_results(dt_file)
-    sizes = {}
-    for line in Path(dt_file).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line) if line.strip() else {}
-        if all(data.is_number(record.get(k)) and record[k] >= 1 for k in ("height", "width")):
-            sizes[record["ID"]] = record["height"], record["width"]
+    found, sizes = read_odgt_results(dt_file)
     annotations, faults, raw = data.parse_odgt(gt_file, None, sizes)
     for fault in faults:
         if not fault.extent:                                 # a box without extent counts as the authors count it
@@ -298,8 +288,7 @@ def score_odgt(gt_file, dt_file, max_dets):
     unknown = [name for name in found if name not in raw]
     if unknown:
         raise data.DataError(f"{dt_file}: ID {unknown[0]!r} is not in {gt_file}")
-    pictures = {name: (boxes[~ignore], boxes[ignore], *size) for (name, (boxes, ignore)), size in zip(raw.items(), annotations.sizes.tolist())}
-    return crowd_metrics(pictures, found, max_dets)
+    return crowd_metrics(crowd_truth(raw, annotations.sizes), found, max_dets)
 
 
 def read_results(file):

@@ -185,19 +185,25 @@ def drawn(folder, name):
     return recipe.get("version") == {"scenes": VERSION, "crowd": CROWD_VERSION}[name] and recipe.get("set", "scenes") == name
 
 
+def begin(marker, recipe):
+    """Whether a data set has to be drawn: its folder's marker, written last, says if this one is there already."""
+    if marker.exists() and marker.read_text() == recipe:
+        return False
+    marker.unlink(missing_ok=True)
+    print(f"drawing pictures into {marker.parent} (once)", flush=True)
+    return True
+
+
 def write(out, seed=0, counts=COUNTS):
     """Draw the data set into folder `out`: train.json, val.json, train/*.png, val/*.png (COCO).
 
     A finished data set leaves a file `complete.json`; a later call with the same arguments returns
     at once, and a call that was killed half-way is simply repeated.
     """
-    out = Path(out)
-    marker = out / "complete.json"
-    recipe = {"seed": seed, "counts": dict(counts), "set": "scenes", "version": VERSION}
-    if marker.exists() and marker.read_text() == json.dumps(recipe):
+    out, marker = Path(out), Path(out) / "complete.json"
+    recipe = json.dumps({"seed": seed, "counts": dict(counts), "set": "scenes", "version": VERSION})
+    if not begin(marker, recipe):
         return out
-    marker.unlink(missing_ok=True)
-    print(f"drawing {sum(counts.values()):,} pictures into {out} (once)", flush=True)
     for split, count in counts.items():
         (out / split).mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
@@ -216,7 +222,7 @@ def write(out, seed=0, counts=COUNTS):
         categories = [{"id": k + 1, "name": name} for k, name in enumerate(KINDS)]
         (out / f"{split}.json").write_text(json.dumps(
             {"images": images, "annotations": annotations, "categories": categories}))
-    marker.write_text(json.dumps(recipe))
+    marker.write_text(recipe)
     return out
 
 
@@ -330,13 +336,10 @@ def draw_crowd(seed, split, index):
 
 def write_crowd(out, seed=0, counts=CROWD_COUNTS):
     """Draw the crowds into folder `out` as CrowdHuman lies on disk: annotation_train.odgt, annotation_val.odgt, Images/ID.png."""
-    out = Path(out)
-    marker = out / "complete.json"
-    recipe = {"seed": seed, "counts": dict(counts), "set": "crowd", "version": CROWD_VERSION}
-    if marker.exists() and marker.read_text() == json.dumps(recipe):
+    out, marker = Path(out), Path(out) / "complete.json"
+    recipe = json.dumps({"seed": seed, "counts": dict(counts), "set": "crowd", "version": CROWD_VERSION})
+    if not begin(marker, recipe):
         return out
-    marker.unlink(missing_ok=True)
-    print(f"drawing {sum(counts.values()):,} crowds into {out} (once)", flush=True)
     (out / "Images").mkdir(parents=True, exist_ok=True)
     for split, count in counts.items():
         lines = []
@@ -345,7 +348,7 @@ def write_crowd(out, seed=0, counts=CROWD_COUNTS):
             picture.save(out / "Images" / f"{split}-{index:05d}.png", compress_level=1)
             lines.append(json.dumps({"ID": f"{split}-{index:05d}", "gtboxes": boxes}) + "\n")
         (out / f"annotation_{split}.odgt").write_text("".join(lines))
-    marker.write_text(json.dumps(recipe))
+    marker.write_text(recipe)
     return out
 
 

@@ -23,7 +23,6 @@ import contextlib
 import csv
 import functools
 import hashlib
-import json
 import math
 import os
 import platform
@@ -33,7 +32,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision

@@ -216,7 +216,7 @@ def test_an_ignored_box_outside_the_picture_is_no_fault(folder):
     assert data.read_annotations(file, folder / "Images").crowd.tolist() == [False]
 
 
-@pytest.mark.parametrize("line, words", [("{", "line 1"), ({"ID": "a"}, "dtboxes"), ({"ID": "x", "dtboxes": []}, "'x'"),
+@pytest.mark.parametrize("line, words", [("{", "line 1"), ({"ID": "a"}, "dtboxes"), ({"ID": "x", "dtboxes": []}, "'x'"), ({"ID": "../a", "dtboxes": []}, "ID"),
                                          ({"ID": "a", "dtboxes": [{"box": [1, 2, 3], "score": 1}]}, "detection 0")])
 def test_a_bad_result_file_is_one_sentence(folder, command, line, words):
     gt = write_lines(folder / "gt.odgt", [{**record, "height": 60, "width": 80} for record in GOOD])
