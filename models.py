@@ -421,7 +421,7 @@ class RetinaNet(Detector):
             score, delta = self.score(self.class_tower(x)), self.delta(self.box_tower(x))
             anchors.append(self.anchors(x, stride, images))                                          # (9HW, 4)
             logits.append(score.float().permute(0, 2, 3, 1).reshape(B, len(anchors[-1]), -1))        # (B, 9HW, C)
-            deltas.append(delta.float().permute(0, 2, 3, 1).reshape(B, -1, 4) / self.delta_weights)  # (B, 9HW, 4)
+            deltas.append(delta.float().permute(0, 2, 3, 1).reshape(B, -1, 4) / self.delta_weights.float())       # (B, 9HW, 4)
             levels.append(torch.full((len(anchors[-1]),), level, device=x.device))
         logits, deltas, anchors = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
         raw = {"deltas": deltas, "positives_average": self.positives_average} if self.original else {}
@@ -506,6 +506,8 @@ class CenterNet(Detector):
                 nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, channels, 1))
                 for channels in (num_classes, 2, 2))
             nn.init.constant_(self.score[-1].bias, -2.19)     # a score of 0.1 (CenterNet's own prior)
+            if box_prior:                                     # in pixels, to each side; published: PyTorch's default
+                nn.init.constant_(self.size[-1].bias, 2 * box_prior / self.neck.stride)
         else:
             self.trunk = nn.Conv2d(width, width, 3, padding=1)
             self.score = nn.Conv2d(width, num_classes, 3, padding=1)

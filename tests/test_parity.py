@@ -217,7 +217,8 @@ def test_training_outputs_matches_losses_and_gradients(onenet, monkeypatch):
             one = {"logits": prediction.logits[n], "boxes": prediction.boxes[n], "candidates": prediction.candidates, "levels": prediction.levels}
             paid = cost(one, target).detach()
             total = sum(expected[f"match/{n}/cost"])
-            assert float(paid[ours.prediction, ours.object].sum()) == pytest.approx(total, rel=1e-4, abs=1e-4)
+            tolerance = 4e-4 if "centernet" in onenet.name else 1e-4         # rounding behind batch norm, as above
+            assert float(paid[ours.prediction, ours.object].sum()) == pytest.approx(total, rel=tolerance, abs=tolerance)
         num_objects = max(1, sum(len(t["boxes"]) for t in targets))
         terms = losses.set_loss(prediction, targets, [released], num_objects)
         for term, name in (("class", "loss_ce"), ("l1", "loss_bbox"), ("giou", "loss_giou")):
@@ -231,9 +232,10 @@ def test_training_outputs_matches_losses_and_gradients(onenet, monkeypatch):
 def compare_gradients(p, expected):
     """The norm of each parameter's gradient, found under our name for it.
 
-    CenterNet's may differ by 0.5%: that is what rounding does to the published ones behind its batch norms (see `training_prediction`).
+    CenterNet's may differ by 0.5%, with deformable convolutions behind a ResNet-50 by 2%: that is what rounding does to the published
+    ones behind its batch norms, where their outputs are 0.0002 and 0.003 off double precision (see `training_prediction`).
     """
-    tolerance = 5e-3 if "centernet" in p.name else 1e-3
+    tolerance = 2e-2 if "centernet_r50_dcn" in p.name else 5e-3 if "centernet" in p.name else 1e-3
     trained = {k for k in p.expected["trained"] if k in expected}
     ours = {k: g.grad for k, g in p.model.named_parameters() if g.grad is not None}
     largest = max(expected.values())
