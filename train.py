@@ -281,9 +281,6 @@ def check_flags(flags, world):
     for name in ("seed", "workers", "eval_every", "extra_levels", "square"):
         if flags[name] < 0:
             raise UsageError(f"--{name.replace('_', '-')} {flags[name]}: must not be negative")
-    groups = 8 if flags["detector"] in models.DENSE and flags["width"] < 256 else 32         # of the group norms; heads divide both
-    if flags["width"] % groups:
-        raise UsageError(f"--width {flags['width']}: must be a multiple of {groups}")
     if len(flags["neck_widths"]) > 3:
         raise UsageError(f"--neck-widths {flags['neck_widths']}: at most three steps lead up from stride 32")
     if not flags["lr"] > 0 or not math.isfinite(flags["lr"]):
@@ -294,6 +291,9 @@ def check_flags(flags, world):
     if flags["detector"] not in models.DENSE and (flags["assign"] == "one-to-many" or flags["location_cost"] == "predefined"):
         raise UsageError(f"--detector {flags['detector']} has learned object candidates: it knows neither --assign one-to-many nor "
                          f"--location-cost predefined")
+    groups = 8 if flags["detector"] in models.DENSE and flags["width"] < 256 else 32         # of the group norms; heads divide both
+    if flags["width"] % groups:
+        raise UsageError(f"--width {flags['width']}: must be a multiple of {groups}")
     if flags["assign"] == "one-to-many-points" and flags["detector"] not in ("fcos", "centernet"):
         raise UsageError(f"--assign one-to-many-points judges points: it goes with FCOS and CenterNet, not with --detector {flags['detector']}")
     if flags["assign"] == "one-to-many-iou" and flags["location_cost"] == "predefined" and flags["detector"] != "retinanet":
