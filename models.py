@@ -208,7 +208,7 @@ class Upsample(nn.Module):
 class DeconvNeck(nn.Module):
     """CenterNet's neck: from the coarsest map up, one step per width; three end at stride 4.
 
-    The one-to-one form adds a 1x1 lateral of each finer map after the step's ReLU and ends in a 3x3
+    OneNet's form adds a 1x1 lateral of each finer map after the step's ReLU and ends in a 3x3
     convolution; the original form does neither.
     """
 
@@ -491,15 +491,16 @@ class CenterNet(Detector):
     """Zhou et al., 2019: one map, at stride 4 with the published three steps up; an object is a point.
 
     The original predicts a heat map, the size and the offset of the centre within its cell; OneNet's predicts
-    a class score and the distances to the four sides, in pixels, from one shared trunk.
+    a class score and the distances to the four sides, in pixels, from one shared trunk.  The published original
+    has no laterals in its neck; with `laterals`, for small pictures, it has OneNet's.
     """
     candidates = "points"
 
     def __init__(self, backbone, num_classes, original=False, widths=(256, 128, 64), deform=True, box_prior=0.0,
-                 pixels="rgb"):
+                 laterals=False, pixels="rgb"):
         super().__init__(backbone, pixels)
         self.original = original
-        self.neck = DeconvNeck(backbone, widths, deform, laterals=not original)
+        self.neck = DeconvNeck(backbone, widths, deform, laterals=laterals or not original)
         width, self.strides = self.neck.width, (self.neck.stride,)
         if original:
             self.score, self.size, self.offset = (

@@ -67,7 +67,7 @@ EVERYWHERE = {"assign": "hungarian", "location_cost": "predicted", "class_cost":
               "precision": "fp32", "eval_every": 0, "log_every": 20, "checkpoint_every": 500, "momentum": 0.9,
               "weight_decay": 1e-4, "backbone_lr_factor": 1.0, "clip_grad": 0.0, "flip": 0.5, "crop": 0.0,
               "max_dets": 100, "warmup_steps": 0, "warmup_factor": 0.01, "milestones": [], "backbone_weights": "none",
-              "deform": False, "drop_bad_boxes": False, "box_prior": 0.0, "tower_norm": False,
+              "deform": False, "drop_bad_boxes": False, "box_prior": 0.0, "tower_norm": False, "laterals": False,
               "neck_widths": [256, 128, 64], "anchor_scales": 3, "delta_weights": [1.0, 1.0, 1.0, 1.0], "resnet": "torchvision", "skip_empty": False, "square": 0, "colours": 0.0,
               "round_down": False, "layers": 6, "hidden": 2048, "dropout": 0.1, "queries": 100, "stride": 32, "levels": 4, "refine": False,
               "two_stage": False, "roi_size": 224, "dynamic": 64}
@@ -99,7 +99,7 @@ RECIPES = {
              "train_longest": 128, "test_size": 128, "test_longest": 128, "workers": 0, "precision": "auto"},
         "fcos": {"box_prior": 3.0},
         "retinanet": {"tower_norm": True, "anchor_scales": 1, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
-        "centernet": {"box_prior": 12.0, "neck_widths": [128, 64], "steps": 6000},
+        "centernet": {"box_prior": 12.0, "neck_widths": [128, 64, 32], "laterals": True, "steps": 6000},
         "detr": {"class_cost": 1.0, "stride": 16, "width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "queries": 25, "steps": 9000},
         "deformable-detr": {"width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "queries": 50, "levels": 3, "refine": True, "steps": 4500},
         "sparse-rcnn": {"width": 128, "layers": 3, "hidden": 256, "queries": 50, "roi_size": 32, "dynamic": 32, "steps": 4500},
@@ -172,6 +172,8 @@ def make_parser():
     g.add_argument("--extra-levels", type=int, metavar="N", help="pyramid levels above the backbone's last map (2 gives P6 and P7)")
     g.add_argument("--neck-widths", type=int, nargs="+", metavar="N", help="channels of CenterNet's steps up from stride 32: three "
                    "(published: 256 128 64) end at stride 4, two (scenes: 128 64) at stride 8")
+    g.add_argument("--laterals", action=argparse.BooleanOptionalAction, default=None, help="give the original CenterNet's neck OneNet's laterals too "
+                   "(published: no; scenes: yes, whose coarsest map has 4 x 4 cells)")
     g.add_argument("--deform", action=argparse.BooleanOptionalAction, default=None, help="deformable convolutions in CenterNet's neck")
     g.add_argument("--anchor-scales", type=int, metavar="N", help="sizes of RetinaNet's anchors per octave, each in three ratios (published: 3; scenes: 1)")
     g.add_argument("--delta-weights", type=float, nargs=4, metavar="W", help="RetinaNet's head output is divided by these before it is a delta dx, dy, dw, dh "
@@ -337,7 +339,7 @@ def build_arguments(flags, num_classes):
         build.update(norm="batch" if train_all else "frozen", freeze=0 if train_all else 2, resnet=flags["resnet"])
     own = {"retinanet": {"tower_norm": flags["tower_norm"], "scales": flags["anchor_scales"], "delta_weights": tuple(flags["delta_weights"])},
            "fcos": {"box_prior": flags["box_prior"]},
-           "centernet": {"box_prior": flags["box_prior"], "deform": flags["deform"], "widths": tuple(flags["neck_widths"])},
+           "centernet": {"box_prior": flags["box_prior"], "deform": flags["deform"], "widths": tuple(flags["neck_widths"]), "laterals": flags["laterals"]},
            "detr": {"dropout": flags["dropout"], "stride": flags["stride"]},
            "deformable-detr": {name: flags[name] for name in ("dropout", "levels", "refine", "two_stage")},
            "sparse-rcnn": {"roi_size": flags["roi_size"], "dynamic": flags["dynamic"]}}
