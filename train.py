@@ -99,7 +99,7 @@ RECIPES = {
              "train_longest": 128, "test_size": 128, "test_longest": 128, "workers": 0, "precision": "auto"},
         "fcos": {"box_prior": 3.0},
         "retinanet": {"tower_norm": True, "anchor_scales": 1, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
-        "centernet": {"box_prior": 12.0, "neck_widths": [128, 64, 32], "laterals": True, "steps": 6000},
+        "centernet": {"box_prior": 12.0, "neck_widths": [128, 64, 64], "laterals": True, "steps": 7000},
         "detr": {"class_cost": 1.0, "stride": 16, "width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "queries": 25, "steps": 9000},
         "deformable-detr": {"width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "queries": 50, "levels": 3, "refine": True, "steps": 4500},
         "sparse-rcnn": {"width": 128, "layers": 3, "hidden": 256, "queries": 50, "roi_size": 32, "dynamic": 32, "steps": 4500},
@@ -171,7 +171,7 @@ def make_parser():
     g.add_argument("--depth", type=int, metavar="N", help="convolutions in a tower (RetinaNet, FCOS)")
     g.add_argument("--extra-levels", type=int, metavar="N", help="pyramid levels above the backbone's last map (2 gives P6 and P7)")
     g.add_argument("--neck-widths", type=int, nargs="+", metavar="N", help="channels of CenterNet's steps up from stride 32: three "
-                   "(published: 256 128 64) end at stride 4, two (scenes: 128 64) at stride 8")
+                   "(published: 256 128 64; scenes: 128 64 64) end at stride 4, two at stride 8")
     g.add_argument("--laterals", action=argparse.BooleanOptionalAction, default=None, help="give the original CenterNet's neck OneNet's laterals too "
                    "(published: no; scenes: yes, whose coarsest map has 4 x 4 cells)")
     g.add_argument("--deform", action=argparse.BooleanOptionalAction, default=None, help="deformable convolutions in CenterNet's neck")
@@ -216,7 +216,7 @@ def make_parser():
     g.add_argument("--crop", type=float, metavar="P", help="probability of DETR's resize-crop-resize (coco: 0.5)")
     g.add_argument("--workers", type=int, metavar="N", help="processes that read pictures, per training process (coco: 4, else 0)")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, metavar="N", help="optimiser steps (scenes: 4500, CenterNet 6000)")
+    g.add_argument("--steps", type=int, metavar="N", help="optimiser steps (scenes: 4500, CenterNet 7000)")
     g.add_argument("--batch-size", type=int, metavar="N", help="images per step, over all processes and micro-batches (scenes, coco: 16)")
     g.add_argument("--accumulate", type=int, metavar="N", help="micro-batches per step (default 1): less memory, the same step")
     g.add_argument("--optimizer", choices=("adamw", "sgd"), help="default adamw; the published one-to-many recipes use sgd")
