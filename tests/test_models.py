@@ -201,6 +201,16 @@ def test_a_centernet_of_two_steps_has_stride_8():
     assert (prediction.boxes - prediction.candidates == torch.tensor([-8, -12, 8, 12])).all()
 
 
+def test_the_original_centernet_begins_with_boxes_of_the_prior_and_may_have_laterals():
+    """Twice the distance to a side, whatever the stride; laterals are three convolutions more."""
+    model = small("centernet", original=True, box_prior=12.0)
+    torch.nn.init.zeros_(model.size[-1].weight)
+    boxes = run(model).boxes
+    assert torch.allclose(boxes[..., 2:] - boxes[..., :2], torch.tensor(24.0), atol=1e-4)
+    names = {name for name, _ in small("centernet", original=True, laterals=True).named_parameters()} - {name for name, _ in model.named_parameters()}
+    assert {f"neck.lateral.{n}.weight" for n in range(3)} <= names and all(name.startswith("neck.") for name in names)
+
+
 def test_box_prior_is_the_distance_to_begin_with():
     """In strides for FCOS, in pixels for CenterNet, on all four sides."""
     for detector, unit in [("fcos", torch.tensor(STRIDES)), ("centernet", torch.tensor([1]))]:
