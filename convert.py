@@ -63,8 +63,8 @@ TORCHVISION = [(r"^backbone\.fpn\.inner_blocks\.(\d)(\.0)?\.", r"neck.lateral.\1
                (r"^head\.classification_head\.cls_logits", "score"), (r"^head\.regression_head\.bbox_ctrness", "centreness")]
 CENTERNET_HEADS = [(r"^hm\.", "score."), (r"^wh\.", "size."), (r"^reg\.", "offset.")]
 CENTERNET = [(r"^(conv1|bn1|layer\d)\.", r"backbone.body.\1."),
-             *[rule for step in range(3) for part, name in ((0, "conv"), (1, "conv_norm"), (3, "up"), (4, "up_norm"))
-               for rule in [(rf"^deconv_layers\.{6 * step + part}\.", f"neck.steps.{step}.{name}.")]],
+             *[(rf"^deconv_layers\.{6 * step + part}\.", f"neck.steps.{step}.{name}.")
+               for step in range(3) for part, name in ((0, "conv"), (1, "conv_norm"), (3, "up"), (4, "up_norm"))],
              (r"\.conv_offset_mask\.", ".offset."), *CENTERNET_HEADS]
 CENTERNET_BETTER = [(r"^backbone\.stage0\.0\.", "backbone.body.conv1."), (r"^backbone\.stage0\.1\.", "backbone.body.bn1."),
                     (r"^backbone\.stage(\d)", r"backbone.body.layer\1"), (r"^upsample\.deconv(\d)", shifted("neck.steps.{}", -1)),

@@ -298,13 +298,13 @@ def draw_crowd(seed, split, index):
             if len(people) < wanted and (inside > 0.5 * (box[2:] - box[:2])).all() and overlap(box, [p[1] for p in people]) < limit:
                 people.append((feet[1], box, parts, skin))
     people.sort(key=lambda person: person[0])                # the nearer stand lower, and in front
-    whole = [np.any([np.asarray(m) > 127 for m in part_masks(p[2], size)], axis=0) for p in people]
-    kept = []
-    for n in range(len(people) - 1, -1, -1):                 # from the front: who would be hidden is left out
-        hidden = np.any([whole[k] for k in kept], axis=0) if kept else np.zeros((size, size), bool)
-        if whole[n].any() and (whole[n] & ~hidden).sum() >= CROWD_MIN_VISIBLE * whole[n].sum():
-            kept.append(n)
-    kept = kept[::-1]
+    kept, front = [], np.zeros((size, size), bool)           # front: what those already kept cover
+    for _, box, parts, skin in people[::-1]:                 # from the front: who would be hidden is left out
+        masks = list(part_masks(parts, size))
+        whole = np.any([np.asarray(mask) > 127 for mask in masks], axis=0)
+        if whole.any() and (whole & ~front).sum() >= CROWD_MIN_VISIBLE * whole.sum():
+            kept.append((box, parts, skin, masks, whole & ~front, front.any()))
+            front = front | whole
 
     boxes = []
     for _ in range(int(rng.integers(0, 3))):                 # far crowds, too small to tell apart: ignore regions, behind all
@@ -316,20 +316,18 @@ def draw_crowd(seed, split, index):
                 ImageDraw.Draw(picture).polygon([tuple(map(float, p)) for p in polygon + at], fill=tuple(int(c) for c in colour))
         region = [round(float(v), 2) for v in (x, y, w, h)]
         boxes.append({"tag": "mask", "fbox": region, "vbox": region, "hbox": region, "head_attr": {}, "extra": {"ignore": 1}})
-    for order, n in enumerate(kept):
-        _, box, parts, skin = people[n]
+    for order, (box, parts, skin, masks, visible, others) in enumerate(kept[::-1]):
         shirt, legs = rng.uniform(0, 255, (2, 3))
         colours = {"shirt": shirt, "legs": legs, "head": np.array([255, 205, 160]) * (0.35 + 0.65 * skin)}
-        for (part, _), mask in zip(parts, part_masks(parts, size)):
+        for (part, _), mask in zip(parts, masks):
             outline = mask.filter(ImageFilter.MaxFilter(3))  # a dark rim sets a figure off from those behind it
             picture.paste((20, 20, 20), mask=outline.point(lambda v: v // 2))
             picture.paste(tuple(int(c) for c in colours[part]), mask=mask)
-        behind = np.any([whole[k] for k in kept[order + 1:]], axis=0) if order + 1 < len(kept) else np.zeros((size, size), bool)
-        ys, xs = np.nonzero(whole[n] & ~behind)
+        ys, xs = np.nonzero(visible)
         seen = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
         xywh = lambda b: [round(float(v), 2) for v in (b[0], b[1], b[2] - b[0], b[3] - b[1])]
         boxes.append({"tag": "person", "fbox": xywh(box), "vbox": seen, "hbox": xywh(extent([parts[-1][1]])),
-                      "head_attr": {"ignore": 0, "occ": 0, "unsure": 0}, "extra": {"box_id": order, "occ": int(behind.any())}})
+                      "head_attr": {"ignore": 0, "occ": 0, "unsure": 0}, "extra": {"box_id": order, "occ": int(others)}})
     noisy = np.asarray(picture, np.float32) + rng.normal(0, 5, (size, size, 3)).astype(np.float32)
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), boxes
 

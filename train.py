@@ -91,40 +91,43 @@ DEFORMABLE_DETR = {**DETR, "steps": 184_850, "batch_size": 32, "lr": 2e-4, "mile
 # sparsercnn.res50.300pro.3x; the rest as OneNet, which descends from it
 SPARSE_RCNN = {"lr": 2.5e-5, "train_sizes": list(range(480, 801, 32)), "train_longest": 1333, "queries": 300}
 
+# trained from scratch on two CPU cores in minutes; what the data sets below it add is theirs alone
+SMALL_QUERIES = {"width": 128, "layers": 3, "hidden": 256}
+SMALL = {
+    "": {"backbone": "tiny", "width": 64, "depth": 3, "extra_levels": 0, "steps": 4500, "batch_size": 16, "optimizer": "adamw", "lr": 1e-3,
+         "schedule": "one-cycle", "clip_grad": 1.0, "workers": 0, "precision": "auto"},
+    "fcos": {"box_prior": 3.0},
+    "retinanet": {"tower_norm": True, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
+    "centernet": {"box_prior": 12.0, "neck_widths": [128, 64]},
+    "detr": {**SMALL_QUERIES, "class_cost": 1.0, "stride": 16, "dropout": 0.0},
+    "deformable-detr": {**SMALL_QUERIES, "dropout": 0.0, "levels": 3, "refine": True},
+    "sparse-rcnn": {**SMALL_QUERIES, "roi_size": 32, "dynamic": 32},
+}
+
 RECIPES = {
     # chosen as a demonstration for two CPU cores; all rows of a detector share everything but the row's flags
     "scenes": {
-        "": {"backbone": "tiny", "width": 64, "depth": 3, "extra_levels": 0, "steps": 4500, "batch_size": 16,
-             "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [128],
-             "train_longest": 128, "test_size": 128, "test_longest": 128, "workers": 0, "precision": "auto"},
-        "fcos": {"box_prior": 3.0},
-        "retinanet": {"tower_norm": True, "anchor_scales": 1, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
-        "centernet": {"box_prior": 12.0, "neck_widths": [128, 64, 64], "laterals": True, "steps": 7000},
-        "detr": {"class_cost": 1.0, "stride": 16, "width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "queries": 25, "steps": 9000},
-        "deformable-detr": {"width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "queries": 50, "levels": 3, "refine": True, "steps": 4500},
-        "sparse-rcnn": {"width": 128, "layers": 3, "hidden": 256, "queries": 50, "roi_size": 32, "dynamic": 32, "steps": 4500},
+        **SMALL,
+        "": {**SMALL[""], "train_sizes": [128], "train_longest": 128, "test_size": 128, "test_longest": 128},
+        "retinanet": {**SMALL["retinanet"], "anchor_scales": 1},
+        "centernet": {**SMALL["centernet"], "neck_widths": [128, 64, 64], "laterals": True, "steps": 7000},
+        "detr": {**SMALL["detr"], "queries": 25, "steps": 9000},
+        "deformable-detr": {**SMALL["deformable-detr"], "queries": 50},
+        "sparse-rcnn": {**SMALL["sparse-rcnn"], "queries": 50},
     },
     # for a few hundred photographs on the same machine; a GPU wants --backbone resnet50 --backbone-weights imagenet
     "custom": {
-        "": {"backbone": "tiny", "width": 64, "depth": 2, "extra_levels": 0, "steps": 2000, "batch_size": 8,
-             "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [256],
-             "train_longest": 448, "test_size": 256, "test_longest": 448, "workers": 0, "precision": "auto"},
-        "fcos": {"box_prior": 3.0}, "retinanet": {"tower_norm": True, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
-        "centernet": {"box_prior": 12.0, "neck_widths": [128, 64]},
-        "detr": {"class_cost": 1.0, "stride": 16, "width": 128, "layers": 3, "hidden": 256, "dropout": 0.0},
-        "deformable-detr": {"width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "levels": 3, "refine": True},
-        "sparse-rcnn": {"width": 128, "layers": 3, "hidden": 256, "roi_size": 64, "dynamic": 32},
+        **SMALL,
+        "": {**SMALL[""], "depth": 2, "steps": 2000, "batch_size": 8, "train_sizes": [256], "train_longest": 448, "test_size": 256, "test_longest": 448},
+        "sparse-rcnn": {**SMALL["sparse-rcnn"], "roi_size": 64},
     },
     # Section 5 in small: one class, pictures of 160 pixels
     "crowd": {
-        "": {"backbone": "tiny", "width": 64, "depth": 3, "extra_levels": 0, "steps": 5000, "batch_size": 16,
-             "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle", "clip_grad": 1.0, "train_sizes": [160],
-             "train_longest": 160, "test_size": 160, "test_longest": 160, "workers": 0, "precision": "auto", "max_dets": 500},
-        "fcos": {"box_prior": 3.0}, "retinanet": {"tower_norm": True, "anchor_scales": 1, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
-        "centernet": {"box_prior": 12.0, "neck_widths": [128, 64]},
-        "detr": {"class_cost": 1.0, "stride": 16, "width": 128, "layers": 3, "hidden": 256, "dropout": 0.0},
-        "deformable-detr": {"width": 128, "layers": 3, "hidden": 256, "dropout": 0.0, "queries": 100, "levels": 3, "refine": True},
-        "sparse-rcnn": {"width": 128, "layers": 3, "hidden": 256, "queries": 100, "roi_size": 32, "dynamic": 32},
+        **SMALL,
+        "": {**SMALL[""], "steps": 5000, "train_sizes": [160], "train_longest": 160, "test_size": 160, "test_longest": 160, "max_dets": 500},
+        "retinanet": {**SMALL["retinanet"], "anchor_scales": 1},
+        "deformable-detr": {**SMALL["deformable-detr"], "queries": 100},
+        "sparse-rcnn": {**SMALL["sparse-rcnn"], "queries": 100},
     },
     "coco": {
         "": {"backbone": "resnet50", "width": 256, "depth": 4, "extra_levels": 2, "workers": 4, "test_size": 800, "test_longest": 1333,
