@@ -110,7 +110,7 @@ RECIPES = {
         **SMALL,
         "": {**SMALL[""], "train_sizes": [128], "train_longest": 128, "test_size": 128, "test_longest": 128},
         "retinanet": {**SMALL["retinanet"], "anchor_scales": 1},
-        "centernet": {**SMALL["centernet"], "neck_widths": [128, 64, 64], "laterals": True, "steps": 7000},
+        "centernet": {**SMALL["centernet"], "neck_widths": [128, 64, 64], "laterals": True, "steps": 5000, "weight_decay": 0.1},
         "detr": {**SMALL["detr"], "queries": 25, "steps": 9000},
         "deformable-detr": {**SMALL["deformable-detr"], "queries": 50},
         "sparse-rcnn": {**SMALL["sparse-rcnn"], "queries": 50},
@@ -219,13 +219,13 @@ def make_parser():
     g.add_argument("--crop", type=float, metavar="P", help="probability of DETR's resize-crop-resize (coco: 0.5)")
     g.add_argument("--workers", type=int, metavar="N", help="processes that read pictures, per training process (coco: 4, else 0)")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, metavar="N", help="optimiser steps (scenes: 4500, CenterNet 7000)")
+    g.add_argument("--steps", type=int, metavar="N", help="optimiser steps (scenes: 4500, CenterNet 5000)")
     g.add_argument("--batch-size", type=int, metavar="N", help="images per step, over all processes and micro-batches (scenes, coco: 16)")
     g.add_argument("--accumulate", type=int, metavar="N", help="micro-batches per step (default 1): less memory, the same step")
     g.add_argument("--optimizer", choices=("adamw", "sgd"), help="default adamw; the published one-to-many recipes use sgd")
     g.add_argument("--lr", type=float, help="peak learning rate (scenes: 1e-3; coco: as published)")
     g.add_argument("--backbone-lr-factor", type=float, metavar="F", help="the backbone's learning rate is this times --lr (default 1)")
-    g.add_argument("--weight-decay", type=float, metavar="W", help="default 1e-4; SGD spares norm layers, as published")
+    g.add_argument("--weight-decay", type=float, metavar="W", help="default 1e-4 (scenes, CenterNet: 0.1); SGD spares norm layers, as published")
     g.add_argument("--momentum", type=float, help="of SGD (default 0.9)")
     g.add_argument("--schedule", choices=("step", "one-cycle"), help="step: linear warm-up, then a tenth at each milestone; "
                    "one-cycle: up over the first tenth, then down a cosine")
