@@ -101,7 +101,8 @@ CAFFE_RESNET = [(r"^conv1_w$", "conv1.weight"), (r"^res_conv1_bn_", "bn1."), (r"
                 (r"branch1_bn_", "downsample.1."), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"), (r"^", "backbone.body.")]
 
 COCO_TEST, CENTERNET_TEST = {"shortest": [800], "longest": 1333}, {"shortest": [512], "longest": 853}
-CROWDHUMAN_TEST, DETR_TEST = {"shortest": [800], "longest": 1400}, {"shortest": [800], "longest": 1333, "round_down": True}
+DETR_TEST = {"shortest": [800], "longest": 1333, "round_down": True}
+CROWDHUMAN_TEST = {"": {"shortest": [800], "longest": 1400}, "sparse-rcnn": {"shortest": [800], "longest": 1500}}
 ORIGINAL_SIZE = {"shortest": [], "longest": 10 ** 9}
 
 # name, a key only it has, rules, and what to build (None: a backbone); the first that fits.  "resnet" is whose
@@ -278,8 +279,8 @@ def convert(weights, resnet=None):
         if num_classes not in (1, 80):
             raise CheckpointError(f"{layout} with {num_classes} classes: only COCO's 80 (or 91 ids) and CrowdHuman's 1 can be converted")
         class_names, category_ids = (COCO_NAMES, COCO_IDS) if num_classes == 80 else (["person"], [1])
-        if num_classes == 1:
-            test_transform = CROWDHUMAN_TEST
+        if num_classes == 1 and test_transform is COCO_TEST:
+            test_transform = CROWDHUMAN_TEST.get(detector, CROWDHUMAN_TEST[""])
         if detector == "centernet":
             build["deform"] = "neck.steps.0.conv.offset.weight" in weights
             fold_bias(weights)

@@ -273,7 +273,7 @@ def parse_odgt(odgt_file, image_dir, sizes=None):
             size = sizes.get(name)
         if size is None:
             if image_dir is None:
-                fault("missing field", f"line {number}, ID {name}: without pictures its height and width must be in the file")
+                fault("missing field", f"line {number}, ID {name}: its height and width are in neither file; give the folder of its picture, --images")
                 continue
             try:
                 size = picture_size(Path(image_dir) / file_name)
@@ -325,16 +325,18 @@ def read_annotations(file, image_dir, drop_bad_boxes=False, cache=None):
     cache: a file that keeps the sizes an .odgt does not hold, so that pictures are opened for them only once.
     """
     if str(file).endswith(".odgt"):
-        known = {}
-        if cache is not None and Path(cache).is_file():
-            with contextlib.suppress(ValueError, OSError):           # a broken cache is made anew
-                known = json.loads(Path(cache).read_text())
+        known, folder = {}, str(Path(image_dir).resolve())
+        if cache is not None and Path(cache).is_file():              # one that is broken, or of other pictures, is made anew
+            with contextlib.suppress(ValueError, OSError, TypeError, AttributeError, KeyError):
+                kept = json.loads(Path(cache).read_text())
+                if kept["images"] == folder:
+                    known = {name: (int(h), int(w)) for name, (h, w) in kept["sizes"].items()}
         sizes = dict(known)
         annotations, faults, _ = parse_odgt(file, image_dir, sizes)
         if cache is not None and len(sizes) > len(known):
             Path(cache).parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(f"{cache}.{os.getpid()}")               # several processes may write the same
-            temporary.write_text(json.dumps(sizes))
+            temporary.write_text(json.dumps({"images": folder, "sizes": sizes}))
             temporary.replace(cache)
     else:
         annotations, faults = parse_coco(file, image_dir)
@@ -604,18 +606,18 @@ def loader(pictures, batches, workers=0, pin_memory=False):
 # where the data lies
 # ------------------------------------------------------------------------------------------------
 
-def add_data_flags(group, train=True):
+def add_data_flags(group, train=True, default=None):
     """The flags that say what to read; train.py and evaluate.py share them."""
-    group.add_argument("--data", choices=("scenes", "crowd", "coco", "crowdhuman", "custom"),
+    group.add_argument("--data", default=default, choices=("scenes", "crowd", "coco", "crowdhuman", "custom"),
                        help="scenes: small embedded pictures, drawn when first needed; crowd: the same with crowds; coco: COCO 2017; "
                             "crowdhuman; custom: any COCO-format files, or CrowdHuman's .odgt" + (" (default: scenes)" if train else ""))
-    group.add_argument("--data-dir", metavar="DIR",
+    group.add_argument("--data-dir", default=default, metavar="DIR",
                        help="folder of the data set (default: data/scenes, data/coco, ...); COCO's holds annotations/, "
                             "train2017/ and val2017/, CrowdHuman's annotation_train.odgt, annotation_val.odgt and Images/")
     for split in ("train", "val") if train else ("val",):
-        group.add_argument(f"--{split}-json", metavar="F", help=f"custom: annotations of the {split} split, COCO format")
-        group.add_argument(f"--{split}-images", metavar="DIR", help=f"custom: folder of its pictures")
-    group.add_argument("--drop-bad-boxes", action="store_const", const=True,
+        group.add_argument(f"--{split}-json", default=default, metavar="F", help=f"custom: annotations of the {split} split, COCO format")
+        group.add_argument(f"--{split}-images", default=default, metavar="DIR", help="custom: folder of its pictures")
+    group.add_argument("--drop-bad-boxes", default=default, action="store_const", const=True,
                        help="leave out boxes without extent or outside their picture, and say how many, instead of stopping")
 
 

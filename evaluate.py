@@ -99,7 +99,7 @@ def ground_truth(annotations):
 
 
 # ------------------------------------------------------------------------------------------------
-# the CrowdHuman protocol (Section 5.1), as the authors' script computes it: AP50, mMR, recall, JI
+# the CrowdHuman protocol (Section 5.1), as the authors' script computes AP50, mMR and recall, and CrowdDet's JI
 # ------------------------------------------------------------------------------------------------
 
 FPPI = (0.0100, 0.0178, 0.03160, 0.0562, 0.1000, 0.1778, 0.3162, 0.5623, 1.000)     # rounded, as published
@@ -160,10 +160,10 @@ def crowd_truth(raw, sizes):
 
 
 def crowd_metrics(pictures, detections, max_dets=500):
-    """AP50, mMR, recall and JI in percent (Table 3).
+    """AP50, mMR and recall (Table 3) and CrowdDet's JI, in percent.
 
     pictures: {ID: (persons (G, 4), ignored (I, 4), height, width)}   detections: {ID: (D, 5)}, xyxy and score
-    A picture without an entry in `detections` counts as one without detections, its boxes unclipped as in the authors' script.
+    A picture without an entry in `detections` counts as one without detections.
     """
     scores, hits, jaccard, total = [], [], [], 0
     for name, (persons, ignored, height, width) in pictures.items():
@@ -278,10 +278,10 @@ def read_odgt_results(file):
     return found, sizes
 
 
-def score_odgt(gt_file, dt_file, max_dets):
-    """CrowdHuman's figures of a result file.  Sizes come from the ground truth's lines, or else from the results'."""
+def score_odgt(gt_file, dt_file, max_dets, image_dir=None):
+    """CrowdHuman's figures of a result file.  Sizes come from the ground truth's lines, the results' or the pictures."""
     found, sizes = read_odgt_results(dt_file)
-    annotations, faults, raw = data.parse_odgt(gt_file, None, sizes)
+    annotations, faults, raw = data.parse_odgt(gt_file, image_dir, sizes)
     for fault in faults:
         if not fault.extent:                                 # a box without extent counts as the authors count it
             raise data.DataError(fault.text)
@@ -305,8 +305,8 @@ def read_results(file):
     return found
 
 
-def score_file(gt_file, dt_file, max_dets):
-    """Figures of a result file against a COCO-format ground truth.  Raises DataError."""
+def score_file(gt_file, dt_file, max_dets, image_dir=None):
+    """Figures of a result file against a COCO-format ground truth, which needs no pictures.  Raises DataError."""
     annotations, faults = data.parse_coco(gt_file, None)
     for fault in faults:
         if not fault.extent:                                 # a box without extent does not count
@@ -351,11 +351,13 @@ def main():
     c = commands.add_parser("results", help="score the result file of any detector")
     c.add_argument("--protocol", choices=("coco", "crowdhuman"), default="coco", help="whose figures (default: coco)")
     c.add_argument("--gt", required=True, metavar="F", help="ground truth, COCO format (crowdhuman: .odgt)")
-    c.add_argument("--dt", required=True, metavar="F", help="detections, COCO result format (crowdhuman: lines with ID and dtboxes of box and score)")
+    c.add_argument("--dt", required=True, metavar="F", help="detections, COCO result format (crowdhuman: lines {ID, dtboxes: [{box: [x, y, width, height], score}, ...]}, "
+                   "with or without the picture's height and width)")
+    c.add_argument("--images", metavar="DIR", help="crowdhuman: the pictures, for the sizes that neither file holds (CrowdHuman's own .odgt has none)")
     c.add_argument("--out", metavar="F", help="also write the figures to this file")
     c.add_argument("--max-dets", type=int, metavar="N", help="detections per image and class that count (default 100, crowdhuman 500)")
     c = commands.add_parser("annotations", help="the recall of the annotation boxes themselves after NMS (Section 5.2)")
-    data.add_data_flags(c, train=False)
+    data.add_data_flags(c, train=False, default=argparse.SUPPRESS)     # or it would undo flags given before the command
     parser.add_argument("--weights", metavar="F", help="a checkpoint of train.py: last.pt")
     g = parser.add_argument_group("data (default: what the checkpoint was validated on)")
     data.add_data_flags(g, train=False)
@@ -370,7 +372,7 @@ def main():
     try:
         if args.command == "results":
             score = {"coco": score_file, "crowdhuman": score_odgt}[args.protocol]
-            figures = score(args.gt, args.dt, args.max_dets or {"coco": 100, "crowdhuman": 500}[args.protocol])
+            figures = score(args.gt, args.dt, args.max_dets or {"coco": 100, "crowdhuman": 500}[args.protocol], args.images)
             for name, value in figures.items():
                 print(f"{name:5} {value:6.2f}")
             if args.out:
@@ -382,6 +384,7 @@ def main():
             if not file.endswith(".odgt"):
                 raise data.DataError(f"{file}: annotations are compared on CrowdHuman's files: --data crowd, crowdhuman, or custom with an .odgt")
             _, pictures = ground_truth(data.read_annotations(file, folder, bool(args.drop_bad_boxes)))
+            print(f"{file}: {len(pictures)} pictures")
             for threshold, value in annotation_recall(pictures).items():
                 print(f"NMS at IoU {threshold:.2f} keeps {value:6.2f}% of the annotation boxes")
             return

@@ -96,16 +96,20 @@ def row_name(run):
 
 
 def learning_curves(runs, file):
-    """AP without (full line) and with NMS (dashed) over training, one colour a run.  Reads each run's eval.csv and args.json."""
+    """AP (crowds: AP50) without (full line) and with NMS (dashed) over training, one colour a run.
+
+    Reads each run's eval.csv and args.json.
+    """
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for n, run in enumerate(runs):
         with open(Path(run) / "eval.csv", newline="") as stream:
             rows = list(csv.DictReader(stream))
+        name = "AP" if "AP" in rows[0] else "AP50"
         step = [int(row["step"]) for row in rows]
-        axes.plot(step, [float(row["AP"]) for row in rows], f"C{n}-", label=row_name(run))
-        axes.plot(step, [float(row["AP_nms"]) for row in rows], f"C{n}--", label="    the same with NMS")
+        axes.plot(step, [float(row[name]) for row in rows], f"C{n}-", label=row_name(run))
+        axes.plot(step, [float(row[f"{name}_nms"]) for row in rows], f"C{n}--", label="    the same with NMS")
     axes.set_xlabel("training step")
-    axes.set_ylabel("AP on the validation pictures")
+    axes.set_ylabel(f"{name} on the validation pictures")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

@@ -240,8 +240,9 @@ def grid_points(x, stride, offset):
     stride: a number, or a pair (along x, along y).
     """
     h, w = x.shape[-2:]
-    ys, xs = torch.meshgrid(torch.arange(h, device=x.device), torch.arange(w, device=x.device), indexing="ij")
-    return torch.stack([xs, ys], -1).reshape(-1, 2).float() * torch.as_tensor(stride, device=x.device) + offset
+    along_x, along_y = stride if isinstance(stride, tuple) else (stride, stride)
+    ys, xs = torch.meshgrid(torch.arange(h, device=x.device) * along_y, torch.arange(w, device=x.device) * along_x, indexing="ij")
+    return torch.stack([xs, ys], -1).reshape(-1, 2).float() + offset
 
 
 def torchvision_spacing(x, images):
@@ -734,15 +735,18 @@ class DeformableAttention(nn.Module):
             self.offset.bias.copy_(star.expand(heads, levels, points, 2).flatten())
         nn.init.zeros_(self.value.bias), nn.init.zeros_(self.output.bias)
 
-    def forward(self, query, reference, memory, shapes, padding):
-        """query: (B, Q, width)   reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes, normalised   memory: (B, S, width)"""
+    def forward(self, query, reference, memory, shapes, sizes, padding):
+        """query: (B, Q, width)   reference: (B, Q, L, 2) points or (B, Q, L, 4) boxes, normalised   memory: (B, S, width)
+
+        shapes: (h, w) of each level   sizes: the same on the device, (L, 2), width first   padding: (B, S)
+        """
         heads, levels, points = self.shape
         value = self.value(memory).masked_fill(padding[..., None], 0).unflatten(-1, (heads, -1))       # (B, S, H, D)
         offset = self.offset(query).float().unflatten(-1, (heads, levels, points, 2))                  # (B, Q, H, L, P, 2)
         weight = self.weight(query).float().unflatten(-1, (heads, -1)).softmax(-1).unflatten(-1, (levels, points))
         at = reference[:, :, None, :, None]                                                            # (B, Q, 1, L, 1, 2 or 4)
         if reference.shape[-1] == 2:          # offsets in cells of each level
-            where = at + offset / offset.new_tensor([(w, h) for h, w in shapes])[:, None]
+            where = at + offset / sizes[:, None]
         else:                                 # in shares of the box: the outermost point at half its size
             where = at[..., :2] + offset / points * at[..., 2:] * 0.5
         with torch.autocast(query.device.type, enabled=False):            # grid_sample mixes no types
@@ -798,8 +802,8 @@ class DeformableDETR(Detector):
                 nn.init.constant_(box[-1].bias[2:], -2.0)                 # first boxes an eighth of the image wide
 
     def encoder_inputs(self, images, mask):
-        """Projected maps of all levels, joined: memory, position, padding (B, S, ...), shapes, and each level's valid
-        share (B, L, 2) along x and y."""
+        """Projected maps of all levels, joined: memory, position, padding (B, S, ...), shapes, sizes (L, 2), and each
+        level's valid share (B, L, 2) along x and y."""
         features = self.features(images, mask)[-min(len(self.project), 3):]
         xs = [project(x) for project, x in zip(self.project, features)]
         for n, project in enumerate(self.project[len(features):]):
@@ -807,17 +811,18 @@ class DeformableDETR(Detector):
         masks = [mask_like(mask, x) for x in xs]
         position = torch.cat([sine_position(m, self.level_code.shape[1], -0.5) + code for m, code in zip(masks, self.level_code)], 1)
         valid = torch.stack([torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], -1) for m in masks], 1)
-        return (torch.cat([x.flatten(2).mT for x in xs], 1), position, torch.cat([m.flatten(1) for m in masks], 1),
-                [x.shape[-2:] for x in xs], valid)
+        shapes = [x.shape[-2:] for x in xs]
+        sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32).to(images.device, non_blocking=True)   # once: a copy waits
+        return (torch.cat([x.flatten(2).mT for x in xs], 1), position, torch.cat([m.flatten(1) for m in masks], 1), shapes, sizes, valid)
 
     def forward(self, images, mask):
-        memory, position, padding, shapes, valid = self.encoder_inputs(images, mask)
+        memory, position, padding, shapes, sizes, valid = self.encoder_inputs(images, mask)
         # centres of the cells, as shares of the unpadded image, then seen from every level
-        centres = [grid_points(torch.empty(h, w, device=memory.device), 1, 0.5) / (valid[:, None, n] * valid.new_tensor([w, h]))
+        centres = [grid_points(torch.empty(h, w, device=memory.device), 1, 0.5) / (valid[:, None, n] * sizes[n])
                    for n, (h, w) in enumerate(shapes)]
         reference = torch.cat(centres, 1)[:, :, None] * valid[:, None]    # (B, S, L, 2)
         for layer in self.encoder:
-            memory = layer(memory, lambda attention, y: attention(y + position, reference, y, shapes, padding))
+            memory = layer(memory, lambda attention, y: attention(y + position, reference, y, shapes, sizes, padding))
 
         layers = []
         if self.two_stage:
@@ -827,7 +832,7 @@ class DeformableDETR(Detector):
             box = self.reference_points(query).float().sigmoid()                                # (B, Q, 2), later 4
         for n, layer in enumerate(self.decoder):
             seen = box[:, :, None] * valid.repeat(1, 1, box.shape[-1] // 2)[:, None]            # (B, Q, L, 2 or 4)
-            h = layer(h, query, lambda attention, q: attention(q, seen, memory, shapes, padding))
+            h = layer(h, query, lambda attention, q: attention(q, seen, memory, shapes, sizes, padding))
             score, head = self.score[n % len(self.score)], self.box[n % len(self.box)]
             correction = head(h).float()                                                        # (B, Q, 4)
             at = F.pad(inverse_sigmoid(box), (0, 4 - box.shape[-1]))
@@ -887,7 +892,7 @@ def region_features(features, strides, boxes, size=224):
     level = region_levels(rois[:, 1:], size, len(features))
     out = boxes.new_zeros(len(rois), features[0].shape[1], 7, 7)
     for n, (x, stride) in enumerate(zip(features, strides)):
-        at = (level == n).nonzero()[:, 0]
+        at = (level == n).nonzero()[:, 0]     # waits for the device, as in detectron2
         out = out.index_copy(0, at, roi_align(x.to(boxes.dtype), rois[at], 7, 1 / stride, sampling_ratio=2, aligned=True))
     return out
 
@@ -904,6 +909,7 @@ class Stage(nn.Module):
             nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU())])
         self.class_tower, self.box_tower = branch(1), branch(3)
         self.score, self.delta = nn.Linear(width, num_classes), nn.Linear(width, 4)
+        self.register_buffer("delta_weights", torch.tensor([2.0, 2.0, 1.0, 1.0]), persistent=False)
         xavier(self)
         nn.init.constant_(self.score.bias, PRIOR_BIAS)
 
@@ -912,7 +918,7 @@ class Stage(nn.Module):
         h = self.norm1(h + self.attention(h, h, h, need_weights=False)[0])
         h = self.norm2(h + self.dynamic(h.flatten(0, 1), regions.flatten(2).mT).view_as(h))
         h = self.feed_forward(h)
-        deltas = self.delta(self.box_tower(h)).float() / boxes.new_tensor([2.0, 2.0, 1.0, 1.0])
+        deltas = self.delta(self.box_tower(h)).float() / self.delta_weights
         boxes = apply_deltas(boxes, deltas, largest=math.log(100000 / 16))
         return h, self.score(self.class_tower(h)).float(), boxes
 

@@ -112,9 +112,9 @@ def overlap(box, others):
     return best
 
 
-def silhouette(polygons):
-    """How much of each pixel a creature covers, (SIZE, SIZE) in 0...255."""
-    mask = Image.new("L", (SIZE * SUPERSAMPLE,) * 2)
+def silhouette(polygons, size=SIZE):
+    """How much of each pixel the polygons cover, (size, size) in 0...255."""
+    mask = Image.new("L", (size * SUPERSAMPLE,) * 2)
     pen = ImageDraw.Draw(mask)
     for polygon in polygons:
         pen.polygon([(float(x), float(y)) for x, y in polygon * SUPERSAMPLE], fill=255)
@@ -230,7 +230,7 @@ def write(out, seed=0, counts=COUNTS):
 # crowds: figures of one class that overlap heavily, annotated as CrowdHuman is (Section 5)
 # ------------------------------------------------------------------------------------------------
 
-CROWD_VERSION = 1
+CROWD_VERSION = 2
 CROWD_SIZE = 160
 CROWD_COUNTS = {"train": 4000, "val": 400}
 CROWD_MAX_IOU = 0.47, 0.7       # between full boxes: of most figures, and of those that NMS at 0.5 costs
@@ -246,7 +246,7 @@ def stroke(a, b, thick):
 
 
 def figure(rng, height):
-    """A standing figure around its feet at (0, 0): list of (part, polygon), nearest part last."""
+    """A standing figure around its feet at (0, 0): its parts, a list of (name, polygon), nearest last, and its skin's tone from 0 to 1."""
     wide = height * rng.uniform(0.16, 0.24)                  # shoulders, half
     skin, hip, neck = rng.uniform(0, 1), -0.47 * height, -0.8 * height
     parts = []
@@ -265,11 +265,8 @@ def figure(rng, height):
 
 
 def part_masks(parts, size):
-    """How much of each pixel each part covers; later parts hide earlier ones of the same figure."""
-    for _, polygon in parts:
-        mask = Image.new("L", (size * SUPERSAMPLE,) * 2)
-        ImageDraw.Draw(mask).polygon([(float(x), float(y)) for x, y in polygon * SUPERSAMPLE], fill=255)
-        yield mask.reduce(SUPERSAMPLE)
+    """How much of each pixel each part covers, whatever the others hide."""
+    return [silhouette([polygon], size) for _, polygon in parts]
 
 
 def draw_crowd(seed, split, index):
@@ -300,10 +297,10 @@ def draw_crowd(seed, split, index):
     people.sort(key=lambda person: person[0])                # the nearer stand lower, and in front
     kept, front = [], np.zeros((size, size), bool)           # front: what those already kept cover
     for _, box, parts, skin in people[::-1]:                 # from the front: who would be hidden is left out
-        masks = list(part_masks(parts, size))
+        masks = part_masks(parts, size)
         whole = np.any([np.asarray(mask) > 127 for mask in masks], axis=0)
         if whole.any() and (whole & ~front).sum() >= CROWD_MIN_VISIBLE * whole.sum():
-            kept.append((box, parts, skin, masks, whole & ~front, front.any()))
+            kept.append((box, parts, skin, masks, whole & ~front, (whole & front).any()))
             front = front | whole
 
     boxes = []
@@ -316,7 +313,7 @@ def draw_crowd(seed, split, index):
                 ImageDraw.Draw(picture).polygon([tuple(map(float, p)) for p in polygon + at], fill=tuple(int(c) for c in colour))
         region = [round(float(v), 2) for v in (x, y, w, h)]
         boxes.append({"tag": "mask", "fbox": region, "vbox": region, "hbox": region, "head_attr": {}, "extra": {"ignore": 1}})
-    for order, (box, parts, skin, masks, visible, others) in enumerate(kept[::-1]):
+    for order, (box, parts, skin, masks, visible, hidden) in enumerate(kept[::-1]):
         shirt, legs = rng.uniform(0, 255, (2, 3))
         colours = {"shirt": shirt, "legs": legs, "head": np.array([255, 205, 160]) * (0.35 + 0.65 * skin)}
         for (part, _), mask in zip(parts, masks):
@@ -327,7 +324,7 @@ def draw_crowd(seed, split, index):
         seen = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
         xywh = lambda b: [round(float(v), 2) for v in (b[0], b[1], b[2] - b[0], b[3] - b[1])]
         boxes.append({"tag": "person", "fbox": xywh(box), "vbox": seen, "hbox": xywh(extent([parts[-1][1]])),
-                      "head_attr": {"ignore": 0, "occ": 0, "unsure": 0}, "extra": {"box_id": order, "occ": int(others)}})
+                      "head_attr": {"ignore": 0, "occ": 0, "unsure": 0}, "extra": {"box_id": order, "occ": int(hidden)}})
     noisy = np.asarray(picture, np.float32) + rng.normal(0, 5, (size, size, 3)).astype(np.float32)
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), boxes
 

@@ -12,7 +12,7 @@ saved in OUT/args.json.  A run leaves in OUT:
     args.json         every effective flag, versions
     training.png      some pictures as training sees them, with their target boxes
     log.csv           a row per logging step: losses, learning rate, gradient norm, seconds waiting for data
-    eval.csv          a row per evaluation: AP and AP50 without and with NMS
+    eval.csv          a row per evaluation: AP and AP50 (crowds: AP50, mMR, recall, JI) without and with NMS
     last.pt           the checkpoint: `--resume` goes on from it, `python evaluate.py --weights` scores it
     detections.json   the detections of the last evaluation, COCO result format (and detections_nms.json)
     metrics.json      their figures, in percent
@@ -153,6 +153,11 @@ RECIPES["crowdhuman"] = {
     # the one-to-many FCOS of Table 3 has DeFCN's schedule; RetinaNet's is not published and takes the same
     **dict.fromkeys(("fcos one-to-many", "retinanet one-to-many"),
                     {**ORIGINAL, "steps": 30_000, "milestones": [20_000, 25_000], "train_sizes": [800], "train_longest": 1400}),
+    # nobody published these: COCO's recipes, for 50 epochs of CrowdHuman (DETR 300)
+    "centernet": {**RECIPES["coco"]["centernet"], "steps": 11_719, "milestones": [9_375]},
+    "centernet one-to-many": {**ORIGINAL_CENTERNET, "steps": 5_859, "milestones": [3_767, 5_022]},
+    "detr": {**DETR, "steps": 70_313, "milestones": [46_875], "queries": 500},
+    "deformable-detr": {**DEFORMABLE_DETR, "steps": 23_438, "milestones": [18_750], "queries": 500},
 }
 
 
@@ -191,7 +196,8 @@ def make_parser():
     g.add_argument("--dropout", type=float, metavar="P", help="in the transformers (published: 0.1; scenes: 0)")
     g.add_argument("--stride", type=int, choices=(8, 16, 32), help="DETR: stride of the map that is encoded (published: 32; scenes: 16)")
     g.add_argument("--levels", type=int, metavar="N", help="Deformable DETR: levels of the pyramid (published: 4)")
-    g.add_argument("--refine", action=argparse.BooleanOptionalAction, default=None, help="Deformable DETR: each layer corrects the boxes of the last")
+    g.add_argument("--refine", action=argparse.BooleanOptionalAction, default=None, help="Deformable DETR: each layer corrects the boxes of the last "
+                   "(published base form: no; scenes: yes)")
     g.add_argument("--two-stage", action=argparse.BooleanOptionalAction, default=None, help="Deformable DETR: queries start from the encoder's own boxes")
     g.add_argument("--roi-size", type=int, metavar="N", help="Sparse R-CNN: boxes of this side are cut from the third level (published: 224; scenes: 32)")
     g.add_argument("--dynamic", type=int, metavar="N", help="Sparse R-CNN: inner width of the dynamic convolution (published: 64)")
@@ -242,7 +248,7 @@ def make_parser():
     g.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="bf16 runs the network in bfloat16, costs and losses stay float32; auto: bf16 "
                    "where the device computes in it natively (scenes, custom: auto; coco: fp32, as published)")
     g.add_argument("--eval-every", type=int, metavar="N", help="evaluate every N steps, and always at the end (default 0: only then)")
-    g.add_argument("--max-dets", type=int, metavar="N", help="detections per image in evaluation (default 100; crowd, crowdhuman: 500)")
+    g.add_argument("--max-dets", type=int, metavar="N", help="detections per image in evaluation (default 100; crowd, crowdhuman: 500, which suits a custom .odgt too)")
     g.add_argument("--log-every", type=int, metavar="N", help="steps between rows of log.csv (default 20)")
     g.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints (default 500; coco: 2500)")
     return parser

@@ -128,11 +128,16 @@ def test_pictures_without_people_or_detections_and_a_miss_rate_of_zero(persons, 
 
 
 def test_a_picture_of_ignore_regions_only_changes_the_fppi_and_nothing_else():
-    one = (0, 0, 50, 100)
-    pictures = picture([one])
-    pictures["b"] = np.zeros((0, 4)), np.array([[0, 0, 200, 200.0]]), 200, 200
-    detections = {**found((one, 0.9)), "b": np.array([[10, 10, 50, 50, 0.99]])}
-    assert evaluate.crowd_metrics(pictures, detections)["recall"] == 100
+    """False positives per picture 1 and 2 of one picture, 1/2 and 1 of two: the log-average looks at other points of the curve."""
+    one, other, nowhere = (0, 0, 50, 100), (100, 0, 150, 100), (0, 150, 40, 190)
+    detections = found((nowhere, 0.95), (one, 0.9), ((50, 150, 90, 190), 0.8), (other, 0.7))
+    alone = evaluate.crowd_metrics(picture([one, other]), detections)
+    pictures = {**picture([one, other]), "b": (np.zeros((0, 4)), np.array([[0, 0, 200, 200.0]]), 200, 200)}
+    both = evaluate.crowd_metrics(pictures, {**detections, "b": np.array([[10, 10, 50, 50, 0.99]])})
+    assert {k: v for k, v in both.items() if k not in ("mMR", "JI")} == {k: v for k, v in alone.items() if k not in ("mMR", "JI")}
+    # misses before and behind the detections: 1 1/2 1/2 0.  Two pictures reach FPPI 0.5623 with the second false positive only
+    assert alone["mMR"] == pytest.approx(100, abs=1e-3)                      # every reference is reached by the first detection
+    assert both["mMR"] == pytest.approx(100 * math.exp((7 * math.log(1) + 2 * math.log(0.5)) / 9), abs=1e-3)
 
 
 def test_only_the_best_500_detections_of_a_picture_count():
@@ -171,8 +176,8 @@ def test_full_boxes_are_clipped_and_ignored_ones_never_targets(folder):
     assert target["boxes"].tolist() == [[0, 5, 30, 60]] and len(target["ignore"]) == 2
 
 
-def test_the_published_sample_line_is_read_as_six_persons_and_a_mask(tmp_path):
-    """One line of CrowdHuman's own file (ID with a comma), in the shape the data set has."""
+def test_a_line_in_the_published_shape_is_read_as_six_persons_and_a_mask(tmp_path):
+    """The fields, the ID with a comma and the mask of CrowdHuman's own lines; the boxes are invented."""
     line = {"ID": "283554,35288000868e92d4", "gtboxes": [person(100 * n, 10, 90, 300, box_id=n, occ=1) for n in range(6)]
             + [{"tag": "mask", "hbox": [5, 5, 9, 9], "head_attr": {}, "fbox": [5, 5, 90, 90], "vbox": [5, 5, 9, 9], "extra": {"ignore": 1}}]}
     (tmp_path / "Images").mkdir()
@@ -186,13 +191,18 @@ def test_sizes_are_read_once_and_kept_outside_the_data_folder(folder, tmp_path_f
     file = write_lines(folder / "f.odgt", GOOD)
     before = sorted(folder.rglob("*"))
     first = data.read_annotations(file, folder / "Images", cache=cache)
-    assert json.loads(cache.read_text()) == {"a": [60, 80], "b": [60, 80]}
+    assert json.loads(cache.read_text())["sizes"] == {"a": [60, 80], "b": [60, 80]}
     monkeypatch.setattr(data, "picture_size", lambda path: pytest.fail("opened again"))
     again = data.read_annotations(file, folder / "Images", cache=cache)
     assert torch.equal(first.sizes, again.sizes) and sorted(folder.rglob("*")) == before
-    cache.write_text("{ broken")
     monkeypatch.undo()
-    assert data.read_annotations(file, folder / "Images", cache=cache).sizes.tolist() == [[60, 80]] * 2
+    for broken in ("{ broken", "[1]", '{"a": 5}', json.dumps({"images": str((folder / "Images").resolve()), "sizes": {"a": 5}})):
+        cache.write_text(broken)
+        assert data.read_annotations(file, folder / "Images", cache=cache).sizes.tolist() == [[60, 80]] * 2
+    (folder / "smaller").mkdir()                                             # the same IDs in another folder
+    for name in ("a.jpg", "b.png"):
+        Image.new("RGB", (40, 30)).save(folder / "smaller" / name)
+    assert data.read_annotations(file, folder / "smaller", cache=cache).sizes.tolist() == [[30, 40]] * 2
 
 
 FAULTS = {"broken line": "{", "missing field": {"gtboxes": []}, "duplicate ID": GOOD[0], "missing picture": {"ID": "c", "gtboxes": []},
@@ -224,6 +234,23 @@ def test_a_bad_result_file_is_one_sentence(folder, command, line, words):
     assert code == 2 and err.count("\n") == 1 and words in err
 
 
+def test_sizes_may_come_from_the_ground_truth_the_results_or_the_pictures(folder, command):
+    """A person's full box sticks out to the left: without clipping the detection would overlap it by too little."""
+    detection = {"box": [0, 5, 30, 55], "score": 0.9}
+    bare = write_lines(folder / "bare.odgt", GOOD)
+    sized = write_lines(folder / "sized.odgt", [{**record, "height": 60, "width": 80} for record in GOOD])
+    plain = write_lines(folder / "plain.odgt", [{"ID": "a", "dtboxes": [detection]}])
+    with_sizes = write_lines(folder / "with.odgt", [{"ID": name, "height": 60, "width": 80, "dtboxes": boxes} for name, boxes in (("a", [detection]), ("b", []))])
+    said = []
+    for gt, dt, extra in ((sized, plain, ()), (bare, with_sizes, ()), (bare, plain, ("--images", folder / "Images"))):
+        code, out, err = command(evaluate, "results", "--protocol", "crowdhuman", "--gt", gt, "--dt", dt, *extra)
+        assert code == 0, err
+        said.append(out)
+    assert said[0] == said[1] == said[2] and "recall 100.00" in said[0]
+    code, _, err = command(evaluate, "results", "--protocol", "crowdhuman", "--gt", bare, "--dt", plain)
+    assert code == 2 and "--images" in err
+
+
 # ------------------------------------------------------------------------------------------------
 # the embedded crowds
 # ------------------------------------------------------------------------------------------------
@@ -237,16 +264,21 @@ def test_the_same_seed_gives_the_same_crowd(crowd, tmp_path):
 
 def test_crowds_are_crowds(crowd):
     """10 to 30 persons, heads and visible parts inside their boxes, up to two ignore regions; and the reader finds no fault."""
-    counts, regions = [], []
+    counts, regions, hidden = [], [], []
     for line in (crowd / "annotation_train.odgt").read_text().splitlines():
         boxes = json.loads(line)["gtboxes"]
         people = [b for b in boxes if b["tag"] == "person"]
         counts.append(len(people))
         regions.append(len(boxes) - len(people))
-        for b in people:
+        for n, b in enumerate(people):
+            hidden.append(b["extra"]["occ"])
+            nearer = torch.tensor([p["fbox"] for p in people[n + 1:]]).reshape(-1, 4)    # only a nearer figure's box can hide
+            w, h = (torch.minimum(nearer[:, k] + nearer[:, k + 2], torch.tensor(b["fbox"][k] + b["fbox"][k + 2])) - nearer[:, k].clamp(min=b["fbox"][k]) for k in (0, 1))
+            assert not hidden[-1] or ((w > -1) & (h > -1)).any()
             x, y, w, h = b["fbox"]
             for part in (b["vbox"], b["hbox"]):
                 assert x - 1 <= part[0] and y - 1 <= part[1] and part[0] + part[2] <= x + w + 1 and part[1] + part[3] <= y + h + 1
+    assert 0.4 < np.mean(hidden) < 0.99
     assert 10 <= min(counts) and max(counts) <= 31 and np.mean(counts) > 15 and 0 <= min(regions) and max(regions) == 2
     assert data.check(crowd / "annotation_train.odgt", crowd / "Images") == 0
 
