@@ -92,7 +92,7 @@ DEFORMABLE_DETR = {**DETR, "steps": 184_850, "batch_size": 32, "lr": 2e-4, "mile
 SPARSE_RCNN = {"lr": 2.5e-5, "train_sizes": list(range(480, 801, 32)), "train_longest": 1333, "queries": 300}
 
 # trained from scratch on two CPU cores in minutes; what the data sets below it add is theirs alone
-SMALL_QUERIES = {"width": 128, "layers": 3, "hidden": 256}
+SMALL_QUERIES = {"width": 128, "layers": 3, "hidden": 256, "lr": 5e-4, "weight_decay": 0.1}
 SMALL = {
     "": {"backbone": "tiny", "width": 64, "depth": 3, "extra_levels": 0, "steps": 4500, "batch_size": 16, "optimizer": "adamw", "lr": 1e-3,
          "schedule": "one-cycle", "clip_grad": 1.0, "workers": 0, "precision": "auto"},
@@ -101,7 +101,7 @@ SMALL = {
     "centernet": {"box_prior": 12.0, "neck_widths": [128, 64]},
     "detr": {**SMALL_QUERIES, "class_cost": 1.0, "stride": 16, "dropout": 0.0},
     "deformable-detr": {**SMALL_QUERIES, "dropout": 0.0, "levels": 3, "refine": True},
-    "sparse-rcnn": {**SMALL_QUERIES, "roi_size": 32, "dynamic": 32},
+    "sparse-rcnn": {**SMALL_QUERIES, "roi_size": 64, "dynamic": 32},
 }
 
 RECIPES = {
@@ -111,20 +111,20 @@ RECIPES = {
         "": {**SMALL[""], "train_sizes": [128], "train_longest": 128, "test_size": 128, "test_longest": 128},
         "retinanet": {**SMALL["retinanet"], "anchor_scales": 1},
         "centernet": {**SMALL["centernet"], "neck_widths": [128, 64, 64], "laterals": True, "steps": 5000, "weight_decay": 0.1},
-        "detr": {**SMALL["detr"], "queries": 25, "steps": 9000},
-        "deformable-detr": {**SMALL["deformable-detr"], "queries": 50},
-        "sparse-rcnn": {**SMALL["sparse-rcnn"], "queries": 50},
+        "detr": {**SMALL["detr"], "queries": 20, "steps": 8000},
+        "deformable-detr": {**SMALL["deformable-detr"], "queries": 20, "levels": 2, "steps": 3000},
+        "sparse-rcnn": {**SMALL["sparse-rcnn"], "width": 64, "queries": 16, "steps": 4000},
     },
     # for a few hundred photographs on the same machine; a GPU wants --backbone resnet50 --backbone-weights imagenet
     "custom": {
         **SMALL,
         "": {**SMALL[""], "depth": 2, "steps": 2000, "batch_size": 8, "train_sizes": [256], "train_longest": 448, "test_size": 256, "test_longest": 448},
-        "sparse-rcnn": {**SMALL["sparse-rcnn"], "roi_size": 64},
     },
     # Section 5 in small: one class, pictures of 160 pixels
     "crowd": {
         **SMALL,
-        "": {**SMALL[""], "steps": 5000, "train_sizes": [160], "train_longest": 160, "test_size": 160, "test_longest": 160, "max_dets": 500},
+        "": {**SMALL[""], "steps": 5000, "train_sizes": [160], "train_longest": 160, "test_size": 160, "test_longest": 160, "max_dets": 500,
+             "weight_decay": 0.1},
         "retinanet": {**SMALL["retinanet"], "anchor_scales": 1},
         "deformable-detr": {**SMALL["deformable-detr"], "queries": 100},
         "sparse-rcnn": {**SMALL["sparse-rcnn"], "queries": 100},
@@ -195,11 +195,11 @@ def make_parser():
     g.add_argument("--hidden", type=int, metavar="N", help="width of the feed-forward networks (published: 2048, 1024, 2048)")
     g.add_argument("--dropout", type=float, metavar="P", help="in the transformers (published: 0.1; scenes: 0)")
     g.add_argument("--stride", type=int, choices=(8, 16, 32), help="DETR: stride of the map that is encoded (published: 32; scenes: 16)")
-    g.add_argument("--levels", type=int, metavar="N", help="Deformable DETR: levels of the pyramid (published: 4)")
+    g.add_argument("--levels", type=int, metavar="N", help="Deformable DETR: levels of the pyramid, counted from the coarsest (published: 4; scenes: 2, strides 16 and 32)")
     g.add_argument("--refine", action=argparse.BooleanOptionalAction, default=None, help="Deformable DETR: each layer corrects the boxes of the last "
                    "(published base form: no; scenes: yes)")
     g.add_argument("--two-stage", action=argparse.BooleanOptionalAction, default=None, help="Deformable DETR: queries start from the encoder's own boxes")
-    g.add_argument("--roi-size", type=int, metavar="N", help="Sparse R-CNN: boxes of this side are cut from the third level (published: 224; scenes: 32)")
+    g.add_argument("--roi-size", type=int, metavar="N", help="Sparse R-CNN: boxes of this side are cut from the third level (published: 224; scenes: 64)")
     g.add_argument("--dynamic", type=int, metavar="N", help="Sparse R-CNN: inner width of the dynamic convolution (published: 64)")
     g = parser.add_argument_group("positive samples (Section 3.2, Table 1)")
     g.add_argument("--assign", metavar="A", help="one-to-many: the detector's original rule, form and losses; hungarian (default): one-to-one; "
@@ -225,13 +225,13 @@ def make_parser():
     g.add_argument("--crop", type=float, metavar="P", help="probability of DETR's resize-crop-resize (coco: 0.5)")
     g.add_argument("--workers", type=int, metavar="N", help="processes that read pictures, per training process (coco: 4, else 0)")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, metavar="N", help="optimiser steps (scenes: 4500, CenterNet 5000)")
+    g.add_argument("--steps", type=int, metavar="N", help="optimiser steps (scenes: 4500, CenterNet 5000, DETR 8000, Deformable DETR 3000, Sparse R-CNN 4000)")
     g.add_argument("--batch-size", type=int, metavar="N", help="images per step, over all processes and micro-batches (scenes, coco: 16)")
     g.add_argument("--accumulate", type=int, metavar="N", help="micro-batches per step (default 1): less memory, the same step")
     g.add_argument("--optimizer", choices=("adamw", "sgd"), help="default adamw; the published one-to-many recipes use sgd")
-    g.add_argument("--lr", type=float, help="peak learning rate (scenes: 1e-3; coco: as published)")
+    g.add_argument("--lr", type=float, help="peak learning rate (scenes: 1e-3, query detectors 5e-4; coco: as published)")
     g.add_argument("--backbone-lr-factor", type=float, metavar="F", help="the backbone's learning rate is this times --lr (default 1)")
-    g.add_argument("--weight-decay", type=float, metavar="W", help="default 1e-4 (scenes, CenterNet: 0.1); SGD spares norm layers, as published")
+    g.add_argument("--weight-decay", type=float, metavar="W", help="default 1e-4 (0.1: CenterNet and query detectors on scenes, all on crowd); SGD spares norm layers, as published")
     g.add_argument("--momentum", type=float, help="of SGD (default 0.9)")
     g.add_argument("--schedule", choices=("step", "one-cycle"), help="step: linear warm-up, then a tenth at each milestone; "
                    "one-cycle: up over the first tenth, then down a cosine")

@@ -55,6 +55,18 @@ def test_a_checkpoint_as_its_training_code_saved_it_needs_no_flag_in_evaluation(
     assert 90 <= len(found) <= 100 and {d["category_id"] for d in found} <= set(convert.COCO_IDS)
 
 
+def test_crowdhumans_one_class_brings_its_test_size():
+    """OneNet tests at 800 / 1400; COCO's classifiers cut to their first class stand for the released files."""
+    for name, layer in (("onenet_fcos_r50", "head.cls_score"), ("onenet_centernet_r18_nodcn", "head.cls_score")):
+        shapes = dict(reference()[name]["shapes"])
+        for key in shapes:
+            if key.startswith(layer):
+                shapes[key] = (1, *shapes[key][1:])
+        layout, checkpoint = convert.convert({key: value(key, shape, shapes) for key, shape in shapes.items()})
+        assert checkpoint["class_names"] == ["person"] and checkpoint["args"]["max_dets"] == 500
+        assert checkpoint["test_transform"] == ({"shortest": [800], "longest": 1400} if "FCOS" in layout else {"shortest": [512], "longest": 853})
+
+
 def test_cocos_classes_are_ranks_of_their_ids():
     assert len(convert.COCO_IDS) == len(convert.COCO_NAMES) == 80
     known = dict(zip(convert.COCO_IDS, convert.COCO_NAMES))
