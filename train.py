@@ -344,7 +344,8 @@ def build_arguments(flags, num_classes):
     build = {"detector": detector, "num_classes": num_classes, "backbone": flags["backbone"], "original": flags["assign"] == "one-to-many"}
     if flags["backbone"] != "tiny":
         # without pre-trained weights there is nothing to freeze; CenterNet trains all of it, norms too
-        train_all = flags["backbone_weights"] == "none" or flags["detector"] == "centernet"
+        pre_trained = flags["backbone_weights"] != "none" or flags.get("init")
+        train_all = not pre_trained or flags["detector"] == "centernet"
         build.update(norm="batch" if train_all else "frozen", freeze=0 if train_all else 2, resnet=flags["resnet"])
     own = {"retinanet": {"tower_norm": flags["tower_norm"], "scales": flags["anchor_scales"], "delta_weights": tuple(flags["delta_weights"])},
            "fcos": {"box_prior": flags["box_prior"]},
