@@ -704,13 +704,13 @@ def deformable_attention(value, shapes, where, weights):
     weights: (B, Q, H, L, P), sum 1 over L and P   returns (B, Q, H * D)
     """
     B, Q, H = where.shape[:3]
-    samples = []
+    weights, found = weights.transpose(1, 2).flatten(0, 1), 0                                   # (BH, Q, L, P)
     for level, (v, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], 1), shapes)):
         v = v.permute(0, 2, 3, 1).reshape(B * H, -1, h, w)                # (BH, D, h, w)
         grid = 2 * where[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1                      # (BH, Q, P, 2)
-        samples.append(F.grid_sample(v, grid, mode="bilinear", padding_mode="zeros", align_corners=False))   # (BH, D, Q, P)
-    weights = weights.transpose(1, 2).reshape(B * H, 1, Q, -1)            # (BH, 1, Q, LP)
-    return (torch.cat(samples, -1) * weights).sum(-1).view(B, -1, Q).mT
+        samples = F.grid_sample(v, grid, mode="bilinear", padding_mode="zeros", align_corners=False)           # (BH, D, Q, P)
+        found = found + (samples * weights[:, None, :, level]).sum(-1)    # level by level: the samples of all would be a large tensor
+    return found.view(B, -1, Q).mT
 
 
 class DeformableAttention(nn.Module):
