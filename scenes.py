@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
 
 KINDS = ("disk", "ring", "triangle", "star", "crescent", "hook")
 VERSION = 2                     # raise it when the pictures change: old ones are then drawn anew
@@ -207,7 +208,7 @@ def write(out, seed=0, counts=COUNTS):
     for split, count in counts.items():
         (out / split).mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
-        for index in range(count):
+        for index in tqdm(range(count), f"{split} pictures", leave=False, disable=None):
             picture, objects = draw(seed, split, index)
             name = f"{index:05d}.png"
             picture.save(out / split / name, compress_level=1)
@@ -317,9 +318,13 @@ def draw_crowd(seed, split, index):
         shirt, legs = rng.uniform(0, 255, (2, 3))
         colours = {"shirt": shirt, "legs": legs, "head": np.array([255, 205, 160]) * (0.35 + 0.65 * skin)}
         for (part, _), mask in zip(parts, masks):
-            outline = mask.filter(ImageFilter.MaxFilter(3))  # a dark rim sets a figure off from those behind it
-            picture.paste((20, 20, 20), mask=outline.point(lambda v: v // 2))
-            picture.paste(tuple(int(c) for c in colours[part]), mask=mask)
+            if mask.getbbox():                               # only where the part is: six times as fast
+                left, top, right, bottom = mask.getbbox()
+                at = max(left - 2, 0), max(top - 2, 0), min(right + 2, size), min(bottom + 2, size)
+                mask = mask.crop(at)
+                outline = mask.filter(ImageFilter.MaxFilter(3))      # a dark rim sets a figure off from those behind it
+                picture.paste((20, 20, 20), at, outline.point([v // 2 for v in range(256)]))
+                picture.paste(tuple(int(c) for c in colours[part]), at, mask)
         ys, xs = np.nonzero(visible)
         seen = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
         xywh = lambda b: [round(float(v), 2) for v in (b[0], b[1], b[2] - b[0], b[3] - b[1])]
@@ -338,7 +343,7 @@ def write_crowd(out, seed=0, counts=CROWD_COUNTS):
     (out / "Images").mkdir(parents=True, exist_ok=True)
     for split, count in counts.items():
         lines = []
-        for index in range(count):
+        for index in tqdm(range(count), f"{split} pictures", leave=False, disable=None):
             picture, boxes = draw_crowd(seed, split, index)
             picture.save(out / "Images" / f"{split}-{index:05d}.png", compress_level=1)
             lines.append(json.dumps({"ID": f"{split}-{index:05d}", "gtboxes": boxes}) + "\n")
