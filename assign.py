@@ -115,8 +115,9 @@ def in_level_range(points, levels, gt, strides):
     reaching down to, and the coarsest up to, any distance: [-1, 64], [64, 128], ... [512, inf] for P3 to P7.
     """
     reach = side_distances(points, gt).amax(-1)                      # (Q, G)
-    low = reach.new_tensor([-1, *[4 * s for s in strides[1:]]])[levels][:, None]
-    high = reach.new_tensor([*[8 * s for s in strides[:-1]], float("inf")])[levels][:, None]
+    stride = torch.as_tensor(strides, dtype=reach.dtype, device=reach.device)[levels]              # (Q,), of each point's level
+    low = (4 * stride).masked_fill(levels == 0, -1)[:, None]
+    high = (8 * stride).masked_fill(levels == len(strides) - 1, float("inf"))[:, None]
     return (low <= reach) & (reach <= high)
 
 
@@ -136,7 +137,7 @@ def fcos_area_cost(points, levels, gt, strides, radius=1.5):
     on the level for its size.  Of several objects it takes the smallest: the cheapest.
     """
     inside = side_distances(points, gt).amin(-1) > 0
-    reach = radius * points.new_tensor(strides)[levels][:, None]     # (Q, 1)
+    reach = radius * torch.as_tensor(strides, dtype=points.dtype, device=points.device)[levels][:, None]       # (Q, 1)
     centre = (gt[:, :2] + gt[:, 2:]) / 2
     near = ((points[:, None, :2] - centre).abs().amax(-1) < reach)
     area = (gt[:, 2:] - gt[:, :2]).prod(1).expand(len(points), -1)

@@ -362,7 +362,8 @@ def build_arguments(flags, num_classes):
 
 def make_cost(model, flags):
     """cost(one, target) -> (Q, G) for assign.match: Eq. 5, or what a one-to-many rule compares."""
-    original, strides = flags["assign"] == "one-to-many", model.strides
+    original = flags["assign"] == "one-to-many"
+    strides = torch.tensor(model.strides, device=model.mean.device)  # copied to the device once, not for every image
     if original and flags["detector"] == "retinanet":
         return lambda one, target: assign.iou_cost(one["candidates"], target["boxes"])
     if original and flags["detector"] == "centernet":
@@ -498,7 +499,6 @@ def train(flags, checkpoint, strategy, rank, world, device):
     random.seed(flags["seed"])
     build = build_arguments(flags, len(train_set.class_names))
     model = models.build(**build)
-    cost = make_cost(model, flags)
     first_step = 0
     if checkpoint:
         if checkpoint["build"] != build:
@@ -514,6 +514,7 @@ def train(flags, checkpoint, strategy, rank, world, device):
                     say(f"--init {flags['init']}: {len(names)} {what}: {', '.join(names)}")
     torch.manual_seed(flags["seed"] + rank)                          # dropout differs from process to process
     model.to(device).train()
+    cost = make_cost(model, flags)
     optimizer = make_optimizer(model, flags, device)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
