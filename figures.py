@@ -22,15 +22,18 @@ COLOURS = ((230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 13
 
 
 def draw_boxes(picture, boxes, labels, class_names, scores=None, side=384):
-    """A copy of a PIL picture with boxes (xyxy) and class names drawn on it, its longer side `side` to 2 `side` pixels."""
+    """A copy of a PIL picture with boxes (xyxy) and class names drawn on it, its longer side `side` to 2 `side` pixels.
+
+    A label of -1 marks a crowd or ignore region, in grey.
+    """
     factor = min(max(1.0, side / max(picture.size)), 2 * side / max(picture.size))
     canvas = picture.resize([round(v * factor) for v in picture.size], Image.BILINEAR)
     pen = ImageDraw.Draw(canvas)
     for n, (box, label) in enumerate(zip(boxes, labels)):
-        colour = COLOURS[label % len(COLOURS)]
+        colour = COLOURS[label % len(COLOURS)] if label >= 0 else (170, 170, 170)
         x1, y1, x2, y2 = (v * factor for v in box)
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=2)
-        text = class_names[label] + (f" {scores[n]:.2f}" if scores is not None else "")
+        text = (class_names[label] if label >= 0 else "ignored") + (f" {scores[n]:.2f}" if scores is not None else "")
         at = (min(x1 + 3, canvas.width - pen.textlength(text) - 1), max(0, y1 + 1))
         pen.rectangle(pen.textbbox(at, text), fill=colour)
         pen.text(at, text, fill="black")
@@ -72,8 +75,8 @@ def detections_beside_truth(pictures, detections, file, count=12, threshold=0.3)
         picture, rows = pictures.picture(i), slice(int(a.first[i]), int(a.first[i + 1]))
         found = of_image.get(a.image_ids[i], [])
         boxes = [(x, y, x + w, y + h) for x, y, w, h in (d["bbox"] for d in found)]
-        cells.append(caption(draw_boxes(picture, a.boxes[rows].tolist(), a.labels[rows].tolist(), a.class_names),
-                             f"image {a.image_ids[i]}: ground truth"))
+        truth = a.labels[rows].masked_fill(a.crowd[rows], -1).tolist()
+        cells.append(caption(draw_boxes(picture, a.boxes[rows].tolist(), truth, a.class_names), f"image {a.image_ids[i]}: ground truth"))
         cells.append(caption(draw_boxes(picture, boxes, [label_of[d["category_id"]] for d in found], a.class_names,
                                         [d["score"] for d in found]),
                              f"image {a.image_ids[i]}: detections, no NMS, score >= {threshold}"))

@@ -40,3 +40,14 @@ def test_learning_curves_are_drawn_from_eval_csv(tmp_path):
     figures.learning_curves([run], tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 1
+
+
+def test_an_ignore_region_is_grey_and_called_so():
+    canvas = np.asarray(figures.draw_boxes(Image.new("RGB", (128, 128)), [(20, 40, 100, 120)], [-1], ["person"], side=128)).astype(int)
+    assert (canvas[100, 20] == 170).all() and not (canvas == np.array(figures.COLOURS[0])).all(2).any()
+
+
+def test_learning_curves_of_crowds_show_ap50(tmp_path):
+    (tmp_path / "eval.csv").write_text("step,AP50,AP50_nms,mMR,mMR_nms\n10,1,2,3,4\n20,5,6,7,8\n")
+    figures.learning_curves([tmp_path], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
