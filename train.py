@@ -123,7 +123,7 @@ RECIPES = {
     # Section 5 in small: one class, pictures of 160 pixels
     "crowd": {
         **SMALL,
-        "": {**SMALL[""], "steps": 4000, "train_sizes": [160], "train_longest": 160, "test_size": 160, "test_longest": 160, "max_dets": 500,
+        "": {**SMALL[""], "steps": 3000, "train_sizes": [160], "train_longest": 160, "test_size": 160, "test_longest": 160, "max_dets": 500,
              "weight_decay": 0.1},
         "retinanet": {**SMALL["retinanet"], "anchor_scales": 1},
         "deformable-detr": {**SMALL["deformable-detr"], "queries": 100},
