@@ -569,6 +569,7 @@ def train(flags, checkpoint, strategy, rank, world, device):
         set_random_states(checkpoint["random"][rank % len(checkpoint["random"])], device)
     interrupted = []                                                 # filled by a signal; every process must see it at the same step
     result, waited, pending, stop, since = None, 0.0, None, False, time.perf_counter()
+    began = since
 
     def read(pending):
         """The losses of a step on the host.  Raises TrainingStopped if they are not finite."""
@@ -636,7 +637,7 @@ def train(flags, checkpoint, strategy, rank, world, device):
                 if main_process:
                     log.row(row)
                     if bar.disable and done % (10 * flags["log_every"]) == 0:      # no terminal: a line now and then
-                        left = elapsed / steps * (flags["steps"] - done)
+                        left = (time.perf_counter() - began) / (done - first_step) * (flags["steps"] - done)
                         say(f"step {done}/{flags['steps']}  loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s  {left / 60:.1f} min left", flush=True)
                 waited, since = 0.0, time.perf_counter()
             if done % flags["checkpoint_every"] == 0 or done == flags["steps"] or stop:
