@@ -606,18 +606,18 @@ def loader(pictures, batches, workers=0, pin_memory=False):
 # where the data lies
 # ------------------------------------------------------------------------------------------------
 
-def add_data_flags(group, train=True, default=None):
+def add_data_flags(group, train=True):
     """The flags that say what to read; train.py and evaluate.py share them."""
-    group.add_argument("--data", default=default, choices=("scenes", "crowd", "coco", "crowdhuman", "custom"),
+    group.add_argument("--data", choices=("scenes", "crowd", "coco", "crowdhuman", "custom"),
                        help="scenes: small embedded pictures, drawn when first needed; crowd: the same with crowds; coco: COCO 2017; "
                             "crowdhuman; custom: any COCO-format files, or CrowdHuman's .odgt" + (" (default: scenes)" if train else ""))
-    group.add_argument("--data-dir", default=default, metavar="DIR",
+    group.add_argument("--data-dir", metavar="DIR",
                        help="folder of the data set (default: data/scenes, data/coco, ...); COCO's holds annotations/, "
                             "train2017/ and val2017/, CrowdHuman's annotation_train.odgt, annotation_val.odgt and Images/")
     for split in ("train", "val") if train else ("val",):
-        group.add_argument(f"--{split}-json", default=default, metavar="F", help=f"custom: annotations of the {split} split, COCO format")
-        group.add_argument(f"--{split}-images", default=default, metavar="DIR", help="custom: folder of its pictures")
-    group.add_argument("--drop-bad-boxes", default=default, action="store_const", const=True,
+        group.add_argument(f"--{split}-json", metavar="F", help=f"custom: annotations of the {split} split, COCO format")
+        group.add_argument(f"--{split}-images", metavar="DIR", help="custom: folder of its pictures")
+    group.add_argument("--drop-bad-boxes", action="store_const", const=True,
                        help="leave out boxes without extent or outside their picture, and say how many, instead of stopping")
 
 

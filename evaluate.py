@@ -305,8 +305,8 @@ def read_results(file):
     return found
 
 
-def score_file(gt_file, dt_file, max_dets, image_dir=None):
-    """Figures of a result file against a COCO-format ground truth, which needs no pictures.  Raises DataError."""
+def score_file(gt_file, dt_file, max_dets):
+    """Figures of a result file against a COCO-format ground truth.  Raises DataError."""
     annotations, faults = data.parse_coco(gt_file, None)
     for fault in faults:
         if not fault.extent:                                 # a box without extent does not count
@@ -356,8 +356,9 @@ def main():
     c.add_argument("--images", metavar="DIR", help="crowdhuman: the pictures, for the sizes that neither file holds (CrowdHuman's own .odgt has none)")
     c.add_argument("--out", metavar="F", help="also write the figures to this file")
     c.add_argument("--max-dets", type=int, metavar="N", help="detections per image and class that count (default 100, crowdhuman 500)")
-    c = commands.add_parser("annotations", help="the recall of the annotation boxes themselves after NMS (Section 5.2)")
-    data.add_data_flags(c, train=False, default=argparse.SUPPRESS)     # or it would undo flags given before the command
+    c = commands.add_parser("annotations", help="the recall of the annotation boxes themselves after NMS (Section 5.2)",
+                            argument_default=argparse.SUPPRESS)      # or it would undo flags given before the command
+    data.add_data_flags(c, train=False)
     parser.add_argument("--weights", metavar="F", help="a checkpoint of train.py: last.pt")
     g = parser.add_argument_group("data (default: what the checkpoint was validated on)")
     data.add_data_flags(g, train=False)
@@ -371,8 +372,10 @@ def main():
     args = parser.parse_args()
     try:
         if args.command == "results":
-            score = {"coco": score_file, "crowdhuman": score_odgt}[args.protocol]
-            figures = score(args.gt, args.dt, args.max_dets or {"coco": 100, "crowdhuman": 500}[args.protocol], args.images)
+            if args.protocol == "crowdhuman":
+                figures = score_odgt(args.gt, args.dt, args.max_dets or 500, args.images)
+            else:
+                figures = score_file(args.gt, args.dt, args.max_dets or 100)
             for name, value in figures.items():
                 print(f"{name:5} {value:6.2f}")
             if args.out:

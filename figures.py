@@ -30,10 +30,10 @@ def draw_boxes(picture, boxes, labels, class_names, scores=None, side=384):
     canvas = picture.resize([round(v * factor) for v in picture.size], Image.BILINEAR)
     pen = ImageDraw.Draw(canvas)
     for n, (box, label) in enumerate(zip(boxes, labels)):
-        colour = COLOURS[label % len(COLOURS)] if label >= 0 else (170, 170, 170)
+        name, colour = (class_names[label], COLOURS[label % len(COLOURS)]) if label >= 0 else ("ignored", (170, 170, 170))
         x1, y1, x2, y2 = (v * factor for v in box)
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=2)
-        text = (class_names[label] if label >= 0 else "ignored") + (f" {scores[n]:.2f}" if scores is not None else "")
+        text = name + (f" {scores[n]:.2f}" if scores is not None else "")
         at = (min(x1 + 3, canvas.width - pen.textlength(text) - 1), max(0, y1 + 1))
         pen.rectangle(pen.textbbox(at, text), fill=colour)
         pen.text(at, text, fill="black")

@@ -265,11 +265,6 @@ def figure(rng, height):
     return [(part, polygon @ turn) for part, polygon in parts], skin
 
 
-def part_masks(parts, size):
-    """How much of each pixel each part covers, whatever the others hide."""
-    return [silhouette([polygon], size) for _, polygon in parts]
-
-
 def draw_crowd(seed, split, index):
     """Draw one crowd.
 
@@ -298,7 +293,7 @@ def draw_crowd(seed, split, index):
     people.sort(key=lambda person: person[0])                # the nearer stand lower, and in front
     kept, front = [], np.zeros((size, size), bool)           # front: what those already kept cover
     for _, box, parts, skin in people[::-1]:                 # from the front: who would be hidden is left out
-        masks = part_masks(parts, size)
+        masks = [silhouette([polygon], size) for _, polygon in parts]
         whole = np.any([np.asarray(mask) > 127 for mask in masks], axis=0)
         if whole.any() and (whole & ~front).sum() >= CROWD_MIN_VISIBLE * whole.sum():
             kept.append((box, parts, skin, masks, whole & ~front, (whole & front).any()))
@@ -318,8 +313,8 @@ def draw_crowd(seed, split, index):
         shirt, legs = rng.uniform(0, 255, (2, 3))
         colours = {"shirt": shirt, "legs": legs, "head": np.array([255, 205, 160]) * (0.35 + 0.65 * skin)}
         for (part, _), mask in zip(parts, masks):
-            if mask.getbbox():                               # only where the part is: six times as fast
-                left, top, right, bottom = mask.getbbox()
+            if (covered := mask.getbbox()) is not None:      # filtering the whole picture for each part took half of the time
+                left, top, right, bottom = covered
                 at = max(left - 2, 0), max(top - 2, 0), min(right + 2, size), min(bottom + 2, size)
                 mask = mask.crop(at)
                 outline = mask.filter(ImageFilter.MaxFilter(3))      # a dark rim sets a figure off from those behind it
