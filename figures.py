@@ -1,6 +1,6 @@
 """Pictures to look at: what training sees, detections beside the ground truth, and learning curves.
 
-    python figures.py curves RUN [RUN ...] --out curves.png      AP without and with NMS over training
+    python figures.py curves RUN [RUN ...] --out curves.png    AP without and with NMS over training
 """
 import argparse
 import csv
@@ -17,23 +17,30 @@ from PIL import Image, ImageDraw
 
 from scenes import contact_sheet
 
-COLOURS = ((230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180),
-           (70, 240, 240), (240, 50, 230), (210, 245, 60), (0, 128, 128))
+COLOURS = ((230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
+           (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (0, 128, 128))
+IGNORED = (170, 170, 170)
 
 
 def draw_boxes(picture, boxes, labels, class_names, scores=None, side=384):
-    """A copy of a PIL picture with boxes (xyxy) and class names drawn on it, its longer side `side` to 2 `side` pixels.
+    """A copy of a PIL picture with boxes (xyxy) and class names drawn on it.
 
-    A label of -1 marks a crowd or ignore region, in grey.
+    Its longer side becomes `side` to 2 `side` pixels.  A label of -1 marks a crowd or ignore
+    region, in grey.
     """
     factor = min(max(1.0, side / max(picture.size)), 2 * side / max(picture.size))
     canvas = picture.resize([round(v * factor) for v in picture.size], Image.BILINEAR)
     pen = ImageDraw.Draw(canvas)
     for n, (box, label) in enumerate(zip(boxes, labels)):
-        name, colour = (class_names[label], COLOURS[label % len(COLOURS)]) if label >= 0 else ("ignored", (170, 170, 170))
+        name = class_names[label] if label >= 0 else "ignored"
+        colour = COLOURS[label % len(COLOURS)] if label >= 0 else IGNORED
+        text = name if scores is None else f"{name} {scores[n]:.2f}"
+
+        # a box of a wrong sign is drawn as a line, where PIL would stop with an error
         x1, y1, x2, y2 = (v * factor for v in box)
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=2)
-        text = name + (f" {scores[n]:.2f}" if scores is not None else "")
+
+        # the name inside the box's corner, pushed left where it would leave the picture
         at = (min(x1 + 3, canvas.width - pen.textlength(text) - 1), max(0, y1 + 1))
         pen.rectangle(pen.textbbox(at, text), fill=colour)
         pen.text(at, text, fill="black")
@@ -49,45 +56,59 @@ def caption(picture, text):
 
 
 def training_pictures(pictures, file, count=12):
-    """The first pictures of epoch 0 as training sees them, flipped, cropped and resized, with their target boxes."""
+    """The first pictures of epoch 0 with their target boxes.
+
+    They are as training sees them: flipped, cropped and resized.
+    """
+    class_names = pictures.annotations.class_names
     cells = []
     for i in range(min(count, len(pictures))):
         image, target = pictures[0, i]
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        cells.append(caption(draw_boxes(picture, target["boxes"].tolist(), target["labels"].tolist(), pictures.annotations.class_names),
+        boxes, labels = target["boxes"].tolist(), target["labels"].tolist()
+        cells.append(caption(draw_boxes(picture, boxes, labels, class_names),
                              f"image {target['image_id']}: {picture.width} x {picture.height}"))
     contact_sheet(cells, columns=4).save(file)
 
 
 def detections_beside_truth(pictures, detections, file, count=12, threshold=0.3):
-    """Pairs of pictures, left the ground truth, right the detections above `threshold`: what a run learned.
+    """Pairs of pictures, left the ground truth, right the detections above `threshold`.
 
     pictures: data.Pictures   detections: COCO result dicts (evaluate.detect)
     """
     a = pictures.annotations
+    label_of = {category: label for label, category in enumerate(a.category_ids)}
     of_image = {}
     for d in detections:
         if d["score"] >= threshold:
             of_image.setdefault(d["image_id"], []).append(d)
-    label_of = {category: label for label, category in enumerate(a.category_ids)}
+
+    # pictures from the whole set, evenly, since neighbours in a file are often alike
     cells = []
     for i in torch.linspace(0, len(a) - 1, min(count, len(a))).long().tolist():
-        picture, rows = pictures.picture(i), slice(int(a.first[i]), int(a.first[i + 1]))
+        picture = pictures.picture(i)
+        name = f"image {a.image_ids[i]}"
+
+        rows = slice(int(a.first[i]), int(a.first[i + 1]))
+        labels = a.labels[rows].masked_fill(a.crowd[rows], -1).tolist()
+        truth = draw_boxes(picture, a.boxes[rows].tolist(), labels, a.class_names)
+        cells.append(caption(truth, f"{name}: ground truth"))
+
         found = of_image.get(a.image_ids[i], [])
         boxes = [(x, y, x + w, y + h) for x, y, w, h in (d["bbox"] for d in found)]
-        truth = a.labels[rows].masked_fill(a.crowd[rows], -1).tolist()
-        cells.append(caption(draw_boxes(picture, a.boxes[rows].tolist(), truth, a.class_names), f"image {a.image_ids[i]}: ground truth"))
-        cells.append(caption(draw_boxes(picture, boxes, [label_of[d["category_id"]] for d in found], a.class_names,
-                                        [d["score"] for d in found]),
-                             f"image {a.image_ids[i]}: detections, no NMS, score >= {threshold}"))
+        labels = [label_of[d["category_id"]] for d in found]
+        scores = [d["score"] for d in found]
+        ours = draw_boxes(picture, boxes, labels, a.class_names, scores)
+        cells.append(caption(ours, f"{name}: detections, no NMS, score >= {threshold}"))
     contact_sheet(cells, columns=6).save(file)
 
 
 def row_name(run):
-    """A run in the words of Tables 1 and 2, from its args.json; the folder's name if there is none."""
+    """A run in the words of Tables 1 and 2, from its args.json; without one, the folder's name."""
     file = Path(run) / "args.json"
     if not file.exists():
         return Path(run).name
+
     flags = json.loads(file.read_text())
     if flags["assign"] == "one-to-many":
         rule = "one-to-many"
@@ -95,7 +116,8 @@ def row_name(run):
         rule = "one-to-one" if flags["assign"] == "hungarian" else flags["assign"]
         rule += ", class cost, " if flags["class_cost"] else ", location only, "
         rule += flags["location_cost"].replace("predefined", "pre-defined")
-    return f"{flags['detector']}, {rule}" + (f", seed {flags['seed']}" if flags["seed"] else "")
+    seed = f", seed {flags['seed']}" if flags["seed"] else ""
+    return f"{flags['detector']}, {rule}{seed}"
 
 
 def learning_curves(runs, file):
@@ -109,11 +131,15 @@ def learning_curves(runs, file):
             rows = list(csv.DictReader(stream))
         name = "AP" if "AP" in rows[0] else "AP50"
         step = [int(row["step"]) for row in rows]
-        axes.plot(step, [float(row[name]) for row in rows], f"C{n}-", label=row_name(run))
-        axes.plot(step, [float(row[f"{name}_nms"]) for row in rows], f"C{n}--", label="    the same with NMS")
+        plain = [float(row[name]) for row in rows]
+        with_nms = [float(row[f"{name}_nms"]) for row in rows]
+        axes.plot(step, plain, f"C{n}-", label=row_name(run))
+        axes.plot(step, with_nms, f"C{n}--", label="    the same with NMS")
+
+    # from 0, so that a gap looks as large as it is
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("training step")
     axes.set_ylabel(f"{name} on the validation pictures")
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.tight_layout()
@@ -122,9 +148,11 @@ def learning_curves(runs, file):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("curves", help="AP over training, of one or more runs made with --eval-every")
+    c = commands.add_parser(
+        "curves", help="AP over training, of one or more runs made with --eval-every")
     c.add_argument("runs", nargs="+", metavar="RUN", help="output folder of train.py")
     c.add_argument("--out", default="curves.png", metavar="PNG", help="the picture to write")
     args = parser.parse_args()
