@@ -10,14 +10,15 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import scenes
 
-torch.set_num_threads(1)                    # the tensors are small, and the machine may be training
+torch.set_num_threads(1)        # the tensors are small, and the machine may be training
 hypothesis.settings.register_profile("repository", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("repository")
 
 
 def pytest_addoption(parser):
     parser.addoption("--assigner", action="append", default=[], metavar="my.py:my_function",
-                     help="put a strategy of your own to the contract tests of test_assign.py; may be repeated")
+                     help="put a strategy of your own to the contract tests of test_assign.py; "
+                          "may be repeated")
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +30,16 @@ def seed():
 @pytest.fixture(scope="session")
 def tiny_scenes(tmp_path_factory):
     """A folder with a small scenes data set: 24 pictures to train on, 7 to evaluate."""
-    return scenes.write(tmp_path_factory.mktemp("scenes"), seed=0, counts={"train": 24, "val": 7})
+    folder = tmp_path_factory.mktemp("scenes")
+    return scenes.write(folder, seed=0, counts={"train": 24, "val": 7})
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs a file's command line in this process: command(data, "check", ...) gives exit code, standard output and error."""
+    """Runs a file's command line in this process.
+
+    command(data, "check", ...) gives exit code, standard output and standard error.
+    """
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         try:

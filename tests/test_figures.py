@@ -6,28 +6,44 @@ import data
 import figures
 
 
+def drawn(size, box, label, name):
+    """One box on a black picture, its longer side 128 pixels: colours (height, width, 3)."""
+    picture = figures.draw_boxes(Image.new("RGB", size), [box], [label], [name], side=128)
+    return np.asarray(picture).astype(int)
+
+
+def pictures(folder, split, size, longest):
+    annotations = data.read_annotations(folder / f"{split}.json", folder / split)
+    return data.Pictures(annotations, data.Transform(size, longest))
+
+
 def test_drawn_boxes_lie_where_the_boxes_are():
     """A red-ish frame of the enlarged box on a black picture, and nothing of it inside."""
-    canvas = np.asarray(figures.draw_boxes(Image.new("RGB", (64, 32)), [(10, 8, 50, 28)], [0], ["cell"], side=128)).astype(int)
+    canvas = drawn((64, 32), (10, 8, 50, 28), 0, "cell")
     assert canvas.shape == (64, 128, 3)
-    colour = np.array(figures.COLOURS[0])
-    framed = (canvas == colour).all(2)
+    framed = (canvas == np.array(figures.COLOURS[0])).all(2)
     assert framed[56, 20:100].all() and framed[30:56, 100].all() and framed[30:56, 20].all()
     assert not framed[40:50, 30:90].any()
 
 
+def test_an_ignore_region_is_grey_and_called_so():
+    canvas = drawn((128, 128), (20, 40, 100, 120), -1, "person")
+    assert (canvas[100, 20] == 170).all()
+    assert not (canvas == np.array(figures.COLOURS[0])).all(2).any()
+
+
 def test_training_pictures_show_what_the_transform_made(tiny_scenes, tmp_path):
     """Four cells of 500 x 500 pixels in a row, 4 pixels apart, each under a caption of 14."""
-    pictures = data.Pictures(data.read_annotations(tiny_scenes / "train.json", tiny_scenes / "train"), data.Transform((500,), 900))
-    figures.training_pictures(pictures, tmp_path / "a.png", count=5)
+    train = pictures(tiny_scenes, "train", (500,), 900)
+    figures.training_pictures(train, tmp_path / "a.png", count=5)
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.size == (4 * 504, 2 * (500 + 14 + 4))
 
 
 def test_ground_truth_and_detections_come_in_pairs(tiny_scenes, tmp_path):
-    pictures = data.Pictures(data.read_annotations(tiny_scenes / "val.json", tiny_scenes / "val"), data.Transform((128,), 128))
+    val = pictures(tiny_scenes, "val", (128,), 128)
     found = [{"image_id": 1, "category_id": 2, "bbox": [5, 5, 30, 30], "score": 0.9}]
-    figures.detections_beside_truth(pictures, found, tmp_path / "a.png", count=3)
+    figures.detections_beside_truth(val, found, tmp_path / "a.png", count=3)
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.width >= 6 * 384
         assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 100
@@ -42,12 +58,8 @@ def test_learning_curves_are_drawn_from_eval_csv(tmp_path):
         assert np.asarray(picture.convert("L")).std() > 1
 
 
-def test_an_ignore_region_is_grey_and_called_so():
-    canvas = np.asarray(figures.draw_boxes(Image.new("RGB", (128, 128)), [(20, 40, 100, 120)], [-1], ["person"], side=128)).astype(int)
-    assert (canvas[100, 20] == 170).all() and not (canvas == np.array(figures.COLOURS[0])).all(2).any()
-
-
 def test_learning_curves_of_crowds_show_ap50(tmp_path):
-    (tmp_path / "eval.csv").write_text("step,AP50,AP50_nms,mMR,mMR_nms\n10,1,2,3,4\n20,5,6,7,8\n")
+    rows = "step,AP50,AP50_nms,mMR,mMR_nms\n10,1,2,3,4\n20,5,6,7,8\n"
+    (tmp_path / "eval.csv").write_text(rows)
     figures.learning_curves([tmp_path], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000

@@ -1,4 +1,7 @@
-"""The embedded pictures: the same for everybody, and truthfully annotated (oracles: pycocotools, torchvision, PIL)."""
+"""The embedded pictures: the same for everybody, and truthfully annotated.
+
+Oracles: pycocotools, torchvision, PIL.
+"""
 import json
 import subprocess
 import sys
@@ -14,18 +17,33 @@ from torchvision.ops import box_iou
 import scenes
 
 ROOT = Path(scenes.__file__).parent
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")          # pycocotools under numpy 2
+# pycocotools under numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 
 
 def contents(folder):
     """Every file below a folder: relative path -> bytes."""
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
 def read(folder, split="train"):
-    """Pairs of image entry and its annotations, in the file's order, which is the order of drawing."""
+    """Pairs of image entry and its annotations, in the file's order, which is that of drawing."""
     record = json.loads((folder / f"{split}.json").read_text())
-    return [(image, [a for a in record["annotations"] if a["image_id"] == image["id"]]) for image in record["images"]]
+    annotations = {image["id"]: [] for image in record["images"]}
+    for a in record["annotations"]:
+        annotations[a["image_id"]].append(a)
+    return [(image, annotations[image["id"]]) for image in record["images"]]
+
+
+def pixels(folder, image, split="train"):
+    """A picture as numbers, (height, width, 3)."""
+    return np.asarray(Image.open(folder / split / image["file_name"]), float)
+
+
+def behind(masks, n):
+    """Where mask n is covered by those drawn after it."""
+    return masks[n] & np.any([np.zeros_like(masks[n]), *masks[n + 1:]], axis=0)
 
 
 def silhouette(annotation, image):
@@ -40,14 +58,14 @@ def silhouette(annotation, image):
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     first = contents(scenes.write(tmp_path / "a", seed=3, counts={"train": 5, "val": 3}))
-    assert len(first) == 5 + 3 + 3                                    # pictures, two JSON files, complete.json
+    assert len(first) == 5 + 3 + 3          # pictures, two JSON files and complete.json
     assert contents(scenes.write(tmp_path / "b", seed=3, counts={"train": 5, "val": 3})) == first
 
 
 def test_another_seed_another_split_and_another_index_give_other_pictures():
-    pictures = [scenes.draw(*which)[0].tobytes()
-                for which in ((0, "train", 0), (1, "train", 0), (0, "val", 0), (0, "train", 1))]
-    assert len(set(pictures)) == 4
+    different = (0, "train", 0), (1, "train", 0), (0, "val", 0), (0, "train", 1)
+    pictures = {scenes.draw(*which)[0].tobytes() for which in different}
+    assert len(pictures) == 4
 
 
 def test_a_picture_does_not_depend_on_how_many_are_drawn(tmp_path):
@@ -56,7 +74,8 @@ def test_a_picture_does_not_depend_on_how_many_are_drawn(tmp_path):
     for split, count in (("train", 3), ("val", 2)):
         assert read(few, split) == read(many, split)[:count]
         for image, _ in read(few, split):
-            assert (few / split / image["file_name"]).read_bytes() == (many / split / image["file_name"]).read_bytes()
+            file = f"{split}/{image['file_name']}"
+            assert (few / file).read_bytes() == (many / file).read_bytes()
 
 
 def test_drawing_leaves_the_global_random_state_alone():
@@ -73,28 +92,34 @@ def test_drawing_leaves_the_global_random_state_alone():
 
 def test_a_box_is_the_extent_of_the_polygons_and_lies_inside_the_picture(tiny_scenes):
     for image, annotations in read(tiny_scenes):
-        assert (image["width"], image["height"]) == Image.open(tiny_scenes / "train" / image["file_name"]).size
+        width, height = image["width"], image["height"]
+        assert pixels(tiny_scenes, image).shape == (height, width, 3)
         for a in annotations:
             points = np.concatenate([np.reshape(p, (-1, 2)) for p in a["segmentation"]])
             x, y, w, h = a["bbox"]
             assert np.allclose([x, y, x + w, y + h], [*points.min(0), *points.max(0)], atol=0.02)
-            assert x >= 0 and y >= 0 and x + w <= image["width"] and y + h <= image["height"]
+            assert x >= 0 and y >= 0 and x + w <= width and y + h <= height
 
 
 def test_the_area_is_the_area_of_the_silhouette(tiny_scenes):
-    """Within 15 % each and 7 % on average: our edges are smooth and, drawn by PIL, a fraction of a pixel wider."""
-    ratios = [a["area"] / silhouette(a, image).sum() for image, annotations in read(tiny_scenes) for a in annotations]
+    """Within 15 % each and 7 % on average.
+
+    Our edges are smooth and, drawn by PIL, a fraction of a pixel wider.
+    """
+    ratios = []
+    for image, annotations in read(tiny_scenes):
+        ratios += [a["area"] / silhouette(a, image).sum() for a in annotations]
     assert max(ratios) < 1.15 and min(ratios) > 0.93 and 0.98 < np.mean(ratios) < 1.07
 
 
 def test_a_creature_has_one_colour_wherever_it_is_visible(tiny_scenes):
-    """40 is five standard deviations of the noise, or more; edges blend, so one pixel is peeled off."""
+    """40 is five standard deviations of the noise, or more; edges blend: a pixel is peeled off."""
     for image, annotations in read(tiny_scenes):
-        picture = np.asarray(Image.open(tiny_scenes / "train" / image["file_name"]), float)
+        picture = pixels(tiny_scenes, image)
         masks = [silhouette(a, image) for a in annotations]
         for n, mask in enumerate(masks):
-            visible = mask & ~np.any([np.zeros_like(mask), *masks[n + 1:]], axis=0)
-            inside = np.asarray(Image.fromarray(255 * visible.astype(np.uint8)).filter(ImageFilter.MinFilter(3))) > 0
+            visible = Image.fromarray(255 * (mask & ~behind(masks, n)).astype(np.uint8))
+            inside = np.asarray(visible.filter(ImageFilter.MinFilter(3))) > 0
             colour = np.median(picture[inside], axis=0)
             assert (np.abs(picture[inside] - colour).max(1) < 40).mean() > 0.97
 
@@ -103,20 +128,21 @@ def test_at_least_half_of_every_creature_is_visible(tiny_scenes):
     for image, annotations in read(tiny_scenes):
         masks = [silhouette(a, image) for a in annotations]
         for n, mask in enumerate(masks):
-            hidden = mask & np.any([np.zeros_like(mask), *masks[n + 1:]], axis=0)
-            assert hidden.sum() < 0.5 * mask.sum()
+            assert behind(masks, n).sum() < 0.5 * mask.sum()
 
 
 def test_boxes_overlap_less_than_nms_would_suppress(tiny_scenes):
     for _, annotations in read(tiny_scenes):
         boxes = torch.tensor([a["bbox"] for a in annotations]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        assert (box_iou(boxes, boxes).fill_diagonal_(0) < scenes.MAX_IOU + 0.005).all()     # coordinates are rounded
+        overlaps = box_iou(boxes, boxes).fill_diagonal_(0)
+        assert (overlaps < scenes.MAX_IOU + 0.005).all()      # coordinates are rounded
 
 
 def test_every_kind_and_every_number_of_creatures_occurs(tiny_scenes):
     train = read(tiny_scenes)
-    assert {a["category_id"] for _, annotations in train for a in annotations} == set(range(1, len(scenes.KINDS) + 1))
+    kinds = {a["category_id"] for _, annotations in train for a in annotations}
+    assert kinds == set(range(1, len(scenes.KINDS) + 1))
     counts = {len(annotations) for _, annotations in train}
     assert 0 in counts and max(counts) >= 4 and max(counts) <= scenes.MAX_OBJECTS
 
@@ -152,7 +178,8 @@ def test_a_killed_write_is_repeated(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             scenes.write(tmp_path / "killed", seed=0, counts={"train": 3, "val": 1})
     assert not (tmp_path / "killed" / "complete.json").exists()
-    assert contents(scenes.write(tmp_path / "killed", seed=0, counts={"train": 3, "val": 1})) == expected
+    again = scenes.write(tmp_path / "killed", seed=0, counts={"train": 3, "val": 1})
+    assert contents(again) == expected
 
 
 def test_a_killed_write_over_a_finished_data_set_is_repeated(tmp_path, monkeypatch):
@@ -176,18 +203,24 @@ def test_a_write_killed_while_it_wrote_complete_json_is_repeated(tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 def run(*arguments):
-    return subprocess.run([sys.executable, ROOT / "scenes.py", *map(str, arguments)], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "scenes.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_show_writes_a_sheet_that_opens(tmp_path):
     assert run("--show", tmp_path / "sheet.png").returncode == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG" and min(sheet.size) > 5 * scenes.SIZE
-        assert len(sheet.convert("RGB").getcolors(2 ** 24)) > 1000                          # not a blank page
+        assert len(sheet.convert("RGB").getcolors(2 ** 24)) > 1000    # not a blank page
 
 
-@pytest.mark.parametrize("arguments", [["--show", "no/such/folder/sheet.png"], ["--show", "sheet"], ["--out", "file"]])
-def test_what_cannot_be_written_is_one_sentence_and_exit_code_2(tmp_path, arguments):
+@pytest.mark.parametrize("flag, where", [
+    ("--show", "no/such/folder/sheet.png"),
+    ("--show", "sheet"),                        # no ending that names a kind of picture
+    ("--out", "file"),
+])
+def test_what_cannot_be_written_is_one_sentence_and_exit_code_2(tmp_path, flag, where):
     (tmp_path / "file").write_text("a file where the folder should be")
-    done = run(arguments[0], tmp_path / arguments[1])
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("scenes.py: ")
+    done = run(flag, tmp_path / where)
+    assert done.returncode == 2
+    assert done.stderr.startswith("scenes.py: ") and done.stderr.count("\n") == 1
