@@ -1,6 +1,7 @@
-"""Is every cost what the paper and the released code say, and does every strategy keep its contract?
+"""Is every cost what the paper and the released code say?  Does every strategy keep its contract?
 
-`pytest tests/test_assign.py --assigner my.py:my_function` puts a strategy of your own to the contract tests.
+`pytest tests/test_assign.py --assigner my.py:my_function` puts a strategy of your own to the
+contract tests.
 """
 import itertools
 import math
@@ -20,8 +21,8 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 import assign
-from assign import (ASSIGNERS, IGNORE, AssignError, hungarian, match, min_cost, one_to_many_iou, one_to_many_points,
-                    top_k)
+from assign import (ASSIGNERS, IGNORE, AssignError, hungarian, match, min_cost, one_to_many_iou,
+                    one_to_many_points, top_k)
 from models import Prediction
 
 INF, NAN = float("inf"), float("nan")
@@ -33,7 +34,10 @@ def generator(seed):
 
 
 def random_boxes(n, seed=0, height=64, width=96, step=None):
-    """(n, 4) boxes inside the image; with a step, corners lie on a grid, so that ties and exact limits occur."""
+    """(n, 4) boxes inside the image.
+
+    With a step, corners lie on a grid, so that ties and exact limits occur.
+    """
     a, b = torch.rand(2, n, 2, generator=generator(seed)) * torch.tensor([width, height])
     boxes = torch.cat([torch.minimum(a, b), torch.maximum(a, b) + 1], 1)
     return boxes if step is None else (boxes / step).round() * step
@@ -55,7 +59,9 @@ def as_set(prediction, object_):
 # ------------------------------------------------------------------------------------------------
 
 def test_classification_cost_has_the_published_values():
-    """A confident prediction is cheap, one that says background is dear (values computed from the formula by hand)."""
+    """A confident prediction is cheap, one that says background is dear
+    (values computed from the formula by hand).
+    """
     p = torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9, 0.99])
     cost = assign.classification_cost(torch.logit(p)[:, None], torch.tensor([0]))[:, 0]
     expected = torch.tensor([1.723484, 1.128381, 0.465483, -0.086643, -1.398557, -3.385144])
@@ -64,12 +70,16 @@ def test_classification_cost_has_the_published_values():
 
 @given(st.lists(st.floats(-8, 8), min_size=3, max_size=12), st.lists(st.integers(0, 2), max_size=4))
 def test_classification_cost_is_the_change_in_focal_loss(values, labels):
-    """Calling q class c turns one entry of the focal loss from negative to positive; the cost is the difference."""
-    logits, labels = torch.tensor(values[:len(values) // 3 * 3]).view(-1, 3), torch.tensor(labels, dtype=torch.long)
+    """Calling q class c turns one entry of the focal loss from negative to positive;
+    the cost is the difference.
+    """
+    logits = torch.tensor(values[:len(values) // 3 * 3]).view(-1, 3)
+    labels = torch.tensor(labels, dtype=torch.long)
     chosen = logits[:, labels]
     change = (sigmoid_focal_loss(chosen, torch.ones_like(chosen), 0.25, 2.0)
               - sigmoid_focal_loss(chosen, torch.zeros_like(chosen), 0.25, 2.0))
-    torch.testing.assert_close(assign.classification_cost(logits, labels), change, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(assign.classification_cost(logits, labels), change,
+                               atol=1e-4, rtol=1e-4)
 
 
 def test_classification_cost_of_saturated_logits_is_finite():
@@ -97,7 +107,9 @@ def slow_centre(point, gt, size):
 
 
 def slow_in_range(point, level, gt, strides):
-    """FCOS, inclusive at both ends: [-1, 8 s0], [4 s1, 8 s1], ... [4 sL, inf] on the largest of the four distances."""
+    """FCOS, inclusive at both ends: [-1, 8 s0], [4 s1, 8 s1], ... [4 sL, inf]
+    on the largest of the four distances.
+    """
     x, y = point[:2]
     reach = max(x - gt[0], y - gt[1], gt[2] - x, gt[3] - y)
     low = -1 if level == 0 else 4 * strides[level]
@@ -106,7 +118,9 @@ def slow_in_range(point, level, gt, strides):
 
 
 def slow_area(point, level, gt, strides):
-    """The area, for points strictly inside the box and within 1.5 strides of its centre, on the right level."""
+    """The area, for points strictly inside the box and within 1.5 strides of its centre,
+    on the right level.
+    """
     x, y = point[:2]
     inside = gt[0] < x < gt[2] and gt[1] < y < gt[3]
     near = max(abs(x - (gt[0] + gt[2]) / 2), abs(y - (gt[1] + gt[3]) / 2)) < 1.5 * strides[level]
@@ -121,11 +135,14 @@ def every_pair(price, rows, columns):
 
 
 def test_box_costs_agree_with_a_slow_loop():
-    """Sum of corner differences in units of width and height, and minus the generalised IoU of every pair."""
+    """Sum of corner differences in units of width and height,
+    and minus the generalised IoU of every pair.
+    """
     boxes, gt = random_boxes(15, 1), random_boxes(6, 2)
     torch.testing.assert_close(assign.l1_cost(boxes, gt, torch.tensor([64, 96])),
                                every_pair(lambda q, a, b: slow_l1(a, b, (64, 96)), boxes, gt))
-    torch.testing.assert_close(assign.giou_cost(boxes, gt), every_pair(lambda q, a, b: -slow_giou(a, b), boxes, gt))
+    torch.testing.assert_close(assign.giou_cost(boxes, gt),
+                               every_pair(lambda q, a, b: -slow_giou(a, b), boxes, gt))
     torch.testing.assert_close(assign.iou_cost(boxes, gt), -box_iou(boxes, gt))
 
 
@@ -136,11 +153,14 @@ def test_l1_cost_by_hand():
 
 
 def test_giou_cost_of_boxes_without_extent_is_a_number():
-    """Two empty boxes overlap in 0/0: they count as far apart, whether they coincide, share a line, or lie anywhere."""
+    """Two empty boxes overlap in 0/0: they count as far apart,
+    whether they coincide, share a line, or lie anywhere.
+    """
     empty = torch.tensor([[1.0, 1, 1, 1], [9, 9, 9, 9], [1, 1, 1, 7], [4, 1, 8, 1]])
     assert assign.giou_cost(empty, empty).isfinite().all()
     assert (assign.giou_cost(empty[:2], empty[:2]) == 1).all()
-    full = torch.tensor([[0.0, 0, 4, 4]])                # a point inside: IoU 0, hull = union
+    # a point inside: IoU 0, hull = union
+    full = torch.tensor([[0.0, 0, 4, 4]])
     assert assign.giou_cost(empty[:1], full).item() == 0
     assert assign.giou_cost(full, full).item() == -1
 
@@ -148,7 +168,9 @@ def test_giou_cost_of_boxes_without_extent_is_a_number():
 @pytest.mark.parametrize("gt", [[0.0, 0, 4, 4], [1.0, 1, 1, 1]], ids=["box", "point"])
 @pytest.mark.parametrize("box", [[NAN] * 4, [NAN, 0, 4, 4], [0, 0, 4, NAN], [5, NAN, 5, 7]])
 def test_giou_cost_does_not_hide_nan(box, gt):
-    """A NaN coordinate means a diverged network; no special case for empty boxes may cover it up."""
+    """A NaN coordinate means a diverged network;
+    no special case for empty boxes may cover it up.
+    """
     assert assign.giou_cost(torch.tensor([box]), torch.tensor([gt])).isnan().all()
 
 
@@ -158,8 +180,10 @@ def test_centre_cost_agrees_with_a_slow_loop():
                                every_pair(lambda q, a, b: slow_centre(a, b, (64, 96)), points, gt))
 
 
-@pytest.mark.parametrize("reach, levels", [(0, {0}), (63, {0}), (64, {0, 1}), (65, {1}), (128, {1, 2}), (200, {2}),
-                                           (256, {2, 3}), (512, {3, 4}), (513, {4}), (100_000, {4})])
+@pytest.mark.parametrize("reach, levels", [
+    (0, {0}), (63, {0}), (64, {0, 1}), (65, {1}), (128, {1, 2}),
+    (200, {2}), (256, {2, 3}), (512, {3, 4}), (513, {4}), (100_000, {4}),
+])
 def test_fcos_level_ranges(reach, levels):
     """FCOS's published limits for P3 to P7, both ends included: -1, 64, 128, 256, 512, infinity.
 
@@ -172,7 +196,9 @@ def test_fcos_level_ranges(reach, levels):
 
 @pytest.mark.parametrize("strides", [(4,), (4, 8, 16)])
 def test_fcos_costs_agree_with_a_slow_loop(strides):
-    """9,999 off the object's level; the box's area where a point may care for it, forbidden elsewhere."""
+    """9,999 off the object's level;
+    the box's area where a point may care for it, forbidden elsewhere.
+    """
     points, levels = [], []
     for level, s in enumerate(strides):
         for y in range(s // 2, 128, s):
@@ -180,7 +206,9 @@ def test_fcos_costs_agree_with_a_slow_loop(strides):
         levels += [level] * (len(points) - len(levels))
     points, levels = torch.tensor(points).float(), torch.tensor(levels)
     gt = random_boxes(12, 3, 124, 124, step=2)
-    off_level = every_pair(lambda q, p, b: 9999.0 * (not slow_in_range(p, levels[q], b, strides)), points, gt)
+
+    off_level = every_pair(
+        lambda q, p, b: 9999.0 * (not slow_in_range(p, levels[q], b, strides)), points, gt)
     area = every_pair(lambda q, p, b: slow_area(p, levels[q], b, strides), points, gt)
     assert len(strides) == 1 or 0 < (off_level > 0).sum() < off_level.numel()
     assert 0 < area.isfinite().sum() < area.numel()
@@ -192,38 +220,53 @@ def one_image(Q=15, G=6, C=4):
     """The predictions and the target of one image, as assign.match hands them to a cost."""
     one = {"logits": torch.randn(Q, C, generator=generator(5)), "boxes": random_boxes(Q, 1),
            "candidates": random_boxes(Q, 6), "levels": torch.arange(Q) % 3}
-    return one, {"boxes": random_boxes(G, 2), "labels": torch.arange(G) % C, "size": torch.tensor([64, 96])}
+    target = {"boxes": random_boxes(G, 2), "labels": torch.arange(G) % C,
+              "size": torch.tensor([64, 96])}
+    return one, target
 
 
 def test_location_costs_weigh_their_parts_as_published():
-    """5 L1 - 2 GIoU between boxes; 5 times the centre distance between points, plus 9,999 off the level."""
+    """5 L1 - 2 GIoU between boxes;
+    5 times the centre distance between points, plus 9,999 off the level.
+    """
     one, target = one_image()
     size, strides, levels = (64, 96), (4, 8, 16), one["levels"].tolist()
 
     def between_boxes(q, a, b):
         return 5 * slow_l1(a, b, size) - 2 * slow_giou(a, b)
+    def between_points(q, a, b):
+        return 5 * slow_centre(a, b, size)
+
+    def on_its_level(q, a, b):
+        return between_points(q, a, b) + 9999 * (not slow_in_range(a, levels[q], b, strides))
 
     torch.testing.assert_close(assign.predicted_location(one, target),
                                every_pair(between_boxes, one["boxes"], target["boxes"]))
     torch.testing.assert_close(assign.anchor_location(one, target),
                                every_pair(between_boxes, one["candidates"], target["boxes"]))
+
     one["candidates"] = one["candidates"][:, :2].repeat(1, 2)
-    torch.testing.assert_close(assign.point_location(one, target), every_pair(
-        lambda q, a, b: 5 * slow_centre(a, b, size), one["candidates"], target["boxes"]))
-    torch.testing.assert_close(assign.level_point_location(one, target, strides), every_pair(
-        lambda q, a, b: 5 * slow_centre(a, b, size) + 9999 * (not slow_in_range(a, levels[q], b, strides)),
-        one["candidates"], target["boxes"]))
+    torch.testing.assert_close(assign.point_location(one, target),
+                               every_pair(between_points, one["candidates"], target["boxes"]))
+    torch.testing.assert_close(assign.level_point_location(one, target, strides),
+                               every_pair(on_its_level, one["candidates"], target["boxes"]))
 
 
 def test_matching_cost_without_class_is_location_alone():
-    """Conclusion 3.1's "location only" does not look at the scores at all; by default they weigh 2 (Eq. 5)."""
+    """Conclusion 3.1's "location only" does not look at the scores at all;
+    by default they weigh 2 (Eq. 5).
+    """
     one, target = one_image()
     location = every_pair(lambda q, a, b: 5 * slow_l1(a, b, (64, 96)) - 2 * slow_giou(a, b),
                           one["boxes"], target["boxes"])
-    torch.testing.assert_close(assign.matching_cost({"boxes": one["boxes"]}, target, class_weight=0), location)
+    alone = assign.matching_cost({"boxes": one["boxes"]}, target, class_weight=0)
+    torch.testing.assert_close(alone, location)
+
     logit = one["logits"][:, target["labels"]]
-    change = (sigmoid_focal_loss(logit, torch.ones_like(logit)) - sigmoid_focal_loss(logit, torch.zeros_like(logit)))
-    torch.testing.assert_close(assign.matching_cost(one, target), location + 2 * change, atol=1e-4, rtol=1e-4)
+    change = (sigmoid_focal_loss(logit, torch.ones_like(logit))
+              - sigmoid_focal_loss(logit, torch.zeros_like(logit)))
+    torch.testing.assert_close(assign.matching_cost(one, target), location + 2 * change,
+                               atol=1e-4, rtol=1e-4)
 
 
 @given(st.floats(-3, 5), st.sampled_from([0.0, 1.0, 50.0]), st.booleans(), st.integers(0, 9))
@@ -248,10 +291,13 @@ def small_costs(values):
 
 
 def brute_force(cost):
-    """(objects served, total cost) of the best of all one-to-one pairings: serve most objects, then pay least."""
+    """(objects served, total cost) of the best of all one-to-one pairings:
+    serve most objects, then pay least.
+    """
     Q, G = cost.shape
     best = (0, 0.0)
-    for rows in set(itertools.permutations([*range(Q), *[None] * G], G)):          # None: the object goes without
+    # None: the object goes without
+    for rows in set(itertools.permutations([*range(Q), *[None] * G], G)):
         prices = [cost[q, g].item() for g, q in enumerate(rows) if q is not None]
         if INF not in prices:
             best = min(best, (-len(prices), sum(prices)))
@@ -261,23 +307,35 @@ def brute_force(cost):
 @settings(max_examples=200)
 @given(small_costs([-3.0, -1.0, 0.0, 1.0, 2.0, INF]))
 def test_hungarian_is_the_best_of_all_pairings(cost):
-    """No pairing serves more objects, and none that serves as many is cheaper; ties and forbidden pairs included."""
+    """No pairing serves more objects, and none that serves as many is cheaper;
+    ties and forbidden pairs included.
+    """
     prediction, object_ = hungarian(cost)
     assert (len(prediction), cost[prediction, object_].sum().item()) == brute_force(cost)
 
 
-@pytest.mark.parametrize("Q, G, shift", [(2000, 40, 0.0), (2000, 40, -1.5), (2000, 40, 100.0), (30, 50, 0.0),
-                                         (20_000, 100, 0.0)])
+@pytest.mark.parametrize("Q, G, shift", [
+    (2000, 40, 0.0),
+    (2000, 40, -1.5),
+    (2000, 40, 100.0),
+    (30, 50, 0.0),
+    (20_000, 100, 0.0),
+])
 def test_hungarian_of_a_dense_head_is_exact(Q, G, shift):
-    """Looking at each object's G cheapest predictions loses nothing against scipy on the whole matrix."""
+    """Looking at each object's G cheapest predictions loses nothing
+    against scipy on the whole matrix.
+    """
     cost = torch.rand(Q, G, generator=generator(Q + G)) * 3 + shift
     rows, columns = linear_sum_assignment(cost.double().numpy())
     assert as_set(*hungarian(cost)) == set(zip(rows.tolist(), columns.tolist()))
 
 
 def test_hungarian_when_all_objects_want_the_same_predictions():
-    """The hundredth object must be content with the hundredth prediction: none of its cheapest may be left out."""
-    cost = torch.rand(500, 1, generator=generator(0)) + torch.rand(500, 100, generator=generator(1)) / 1000
+    """The hundredth object must be content with the hundredth prediction:
+    none of its cheapest may be left out.
+    """
+    cost = (torch.rand(500, 1, generator=generator(0))
+            + torch.rand(500, 100, generator=generator(1)) / 1000)
     rows, columns = linear_sum_assignment(cost.double().numpy())
     assert as_set(*hungarian(cost)) == set(zip(rows.tolist(), columns.tolist()))
     assert set(rows) == set(cost.mean(1).topk(100, largest=False).indices.tolist())
@@ -285,15 +343,20 @@ def test_hungarian_when_all_objects_want_the_same_predictions():
 
 @pytest.mark.parametrize("crowd", [False, True], ids=["spread", "all want the same few"])
 def test_hungarian_with_forbidden_pairs_serves_as_many_objects_as_possible(crowd):
-    """As many as a maximum matching of the allowed pairs, at scipy's price with a very large cost for the others."""
+    """As many as a maximum matching of the allowed pairs,
+    at scipy's price with a very large cost for the others.
+    """
     for seed in range(20):
-        cost = (random_cost(60, 25, 0.93, seed) * 8).round()                 # whole numbers: sums are exact
+        # whole numbers: sums are exact
+        cost = (random_cost(60, 25, 0.93, seed) * 8).round()
         if crowd:
             cost[8:] = INF
         prediction, object_ = hungarian(cost)
         allowed = cost.isfinite().numpy()
         assert allowed[prediction, object_].all()
-        assert len(prediction) == (maximum_bipartite_matching(csr_array(allowed), perm_type="column") >= 0).sum()
+        partner = maximum_bipartite_matching(csr_array(allowed), perm_type="column")
+        assert len(prediction) == (partner >= 0).sum()
+
         large = cost.double().nan_to_num(posinf=1e6).numpy()
         cheapest = large[linear_sum_assignment(large)].sum() - 1e6 * (25 - len(prediction))
         assert cost[prediction, object_].sum().item() == cheapest
@@ -309,7 +372,8 @@ def test_two_twins_and_one_obvious_prediction():
     cost = torch.tensor([[0.0, 0.1],
                          [1.0, 1.0]])
     assert min_cost(cost)[0].tolist() == [0, 0]
-    assert as_set(*hungarian(cost)) == {(0, 0), (1, 1)}                      # 0 + 1 is less than 0.1 + 1
+    # 0 + 1 is less than 0.1 + 1
+    assert as_set(*hungarian(cost)) == {(0, 0), (1, 1)}
 
 
 @given(small_costs([-3.0, -1.0, 0.0, 1.0, INF]).filter(lambda cost: len(cost) > 0))
@@ -341,12 +405,16 @@ def test_one_to_many_iou_is_torchvisions_matcher_on_boxes(step):
         iou = box_iou(anchors + torch.tensor([0, 0, 1, 1]), gt + torch.tensor([0, 0, 2, 2]))
         assert as_matcher(-iou) == retinanet_answer(iou)
         seen |= {min(answer, 0) for answer in as_matcher(-iou)}
-    assert seen == {0, -1, -2}                          # positives, negatives and ignored all occurred
+    # positives, negatives and ignored all occurred
+    assert seen == {0, -1, -2}
 
 
-@given(small_costs([-1.0, -0.75, -0.5, -0.45, -0.4, -0.25, 0.0]).filter(lambda cost: min(cost.shape) > 0))
+@given(small_costs([-1.0, -0.75, -0.5, -0.45, -0.4, -0.25, 0.0])
+       .filter(lambda cost: min(cost.shape) > 0))
 def test_one_to_many_iou_is_torchvisions_matcher_at_its_limits(cost):
-    """Exactly 0.5 is positive, exactly 0.4 is ignored; all predictions that tie for an object's best are positive."""
+    """Exactly 0.5 is positive, exactly 0.4 is ignored;
+    all predictions that tie for an object's best are positive.
+    """
     assert as_matcher(cost) == retinanet_answer(-cost)
 
 
@@ -361,12 +429,21 @@ def test_one_to_many_points_takes_the_cheapest_object_that_is_allowed(cost):
 @pytest.mark.parametrize("forbidden", [0.0, 0.6])
 @pytest.mark.parametrize("Q, G, k", [(40, 5, 9), (40, 5, 1), (4, 6, 9)])
 def test_top_k_agrees_with_a_slow_loop(Q, G, k, forbidden):
-    """Every object asks for its k (9) cheapest predictions; a prediction says yes to the one it is cheapest for."""
+    """Every object asks for its k (9) cheapest predictions;
+    a prediction says yes to the one it is cheapest for.
+    """
     cost = random_cost(Q, G, forbidden, seed=k)
     price = cost.tolist()
-    asked = {g: sorted((q for q in range(Q) if price[q][g] < INF), key=lambda q: price[q][g])[:k] for g in range(G)}
-    expected = {(q, min((g for g in range(G) if q in asked[g]), key=lambda g: price[q][g]))
-                for q in range(Q) if any(q in rows for rows in asked.values())}
+    asked = {}
+    for g in range(G):
+        allowed = [q for q in range(Q) if price[q][g] < INF]
+        asked[g] = sorted(allowed, key=lambda q: price[q][g])[:k]
+
+    expected = set()
+    for q in range(Q):
+        asking = [g for g in range(G) if q in asked[g]]
+        if asking:
+            expected.add((q, min(asking, key=lambda g: price[q][g])))
     assert as_set(*(top_k(cost) if k == 9 else top_k(cost, k))) == expected
 
 
@@ -386,54 +463,83 @@ def strategy(request):
 
 
 def test_the_rule_of_the_paper_claims_to_be_one_to_one():
-    """So that the contract tests below hold it to that; only the rule of the first release shares predictions."""
-    assert [name for name in ASSIGNERS if getattr(ASSIGNERS[name], "one_to_one", False)] == ["hungarian"]
-    assert [name for name in ASSIGNERS if getattr(ASSIGNERS[name], "shares_predictions", False)] == ["min-cost"]
+    """So that the contract tests below hold it to that;
+    only the rule of the first release shares predictions.
+    """
+    one_to_one = [name for name in ASSIGNERS if getattr(ASSIGNERS[name], "one_to_one", False)]
+    assert one_to_one == ["hungarian"]
+    sharing = [name for name in ASSIGNERS if getattr(ASSIGNERS[name], "shares_predictions", False)]
+    assert sharing == ["min-cost"]
 
 
 def check_contract(strategy, cost):
-    """What training relies on, each rule a sentence for whoever wrote the strategy.  Returns the answer."""
+    """What training relies on, each rule a sentence for whoever wrote the strategy.
+
+    Returns the answer.
+    """
     (Q, G), given_cost = cost.shape, cost.clone()
     try:
         answer = strategy(given_cost)
     except Exception as error:
-        raise AssertionError(f"a strategy must answer every cost (Q, G), also with Q = 0, G = 0 or G > Q; "
-                             f"for {Q} x {G} it raised {type(error).__name__}: {error}") from error
-    assert isinstance(answer, (tuple, list)) and len(answer) == 2 and all(torch.is_tensor(part) for part in answer), \
+        raise AssertionError(
+            f"a strategy must answer every cost (Q, G), also with Q = 0, G = 0 or G > Q; "
+            f"for {Q} x {G} it raised {type(error).__name__}: {error}") from error
+
+    # What it returns ...
+    assert (isinstance(answer, (tuple, list)) and len(answer) == 2
+            and all(torch.is_tensor(part) for part in answer)), \
         "a strategy must return two tensors: prediction, object"
     prediction, object_ = answer
-    assert prediction.dtype == object_.dtype == torch.long, "both tensors must be long (use .long()), also when empty"
-    assert prediction.ndim == 1 and prediction.shape == object_.shape, "both tensors must be vectors of one length"
-    assert torch.equal(given_cost, cost), "a strategy must not modify the cost it is given; work on cost.clone()"
-    assert ((prediction >= 0) & (prediction < Q)).all(), f"a prediction must be one of 0 ... Q - 1 (here Q = {Q})"
+    assert prediction.dtype == object_.dtype == torch.long, \
+        "both tensors must be long (use .long()), also when empty"
+    assert prediction.ndim == 1 and prediction.shape == object_.shape, \
+        "both tensors must be vectors of one length"
+    assert torch.equal(given_cost, cost), \
+        "a strategy must not modify the cost it is given; work on cost.clone()"
+
+    # ... which numbers stand in it ...
+    assert ((prediction >= 0) & (prediction < Q)).all(), \
+        f"a prediction must be one of 0 ... Q - 1 (here Q = {Q})"
     assert ((object_ >= IGNORE) & (object_ < G)).all(), \
-        f"an object must be one of 0 ... G - 1 (here G = {G}), or {IGNORE} for a prediction to ignore"
+        f"an object must be one of 0 ... G - 1 (here G = {G}), " \
+        f"or {IGNORE} for a prediction to ignore"
     positive = object_ != IGNORE
-    assert (cost[prediction[positive], object_[positive]] < INF).all(), "a forbidden pair (cost inf) must never be used"
+    assert (cost[prediction[positive], object_[positive]] < INF).all(), \
+        "a forbidden pair (cost inf) must never be used"
+
+    # ... and how often each may.
     if getattr(strategy, "shares_predictions", False):
-        assert len(as_set(prediction, object_)) == len(prediction), "a pair must appear at most once"
+        assert len(as_set(prediction, object_)) == len(prediction), \
+            "a pair must appear at most once"
     else:
         assert len(prediction.unique()) == len(prediction), \
-            "a prediction must appear at most once, unless the function sets my_function.shares_predictions = True"
+            "a prediction must appear at most once, " \
+            "unless the function sets my_function.shares_predictions = True"
     if getattr(strategy, "one_to_one", False):
         assert positive.all() and len(object_.unique()) == len(object_), \
-            "a strategy that claims one_to_one must give each object at most one prediction, and ignore none"
+            "a strategy that claims one_to_one must give each object at most one prediction, " \
+            "and ignore none"
     return prediction, object_
 
 
 def check_order(strategy, cost, seed):
-    """The same pairs, whatever the order of predictions and objects; the costs must be free of ties."""
+    """The same pairs, whatever the order of predictions and objects;
+    the costs must be free of ties.
+    """
     rows, columns = (torch.randperm(n, generator=generator(seed)) for n in cost.shape)
     prediction, object_ = check_contract(strategy, cost[rows][:, columns])
     back = torch.where(object_ == IGNORE, IGNORE, columns[object_])
     assert as_set(rows[prediction], back) == as_set(*check_contract(strategy, cost)), \
-        "a strategy must look at the costs only: another order of predictions or objects must give the same pairs"
+        "a strategy must look at the costs only: " \
+        "another order of predictions or objects must give the same pairs"
 
 
 @pytest.mark.parametrize("forbidden", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("Q, G", [(0, 0), (0, 3), (7, 0), (1, 1), (1, 4), (3, 5), (5, 5), (60, 6)])
 def test_contract_shapes(strategy, Q, G, forbidden):
-    """Images without objects, more objects than predictions, no predictions, all pairs forbidden: all are answered."""
+    """Images without objects, more objects than predictions, no predictions, all pairs forbidden:
+    all are answered.
+    """
     check_contract(strategy, random_cost(Q, G, forbidden))
 
 
@@ -475,9 +581,11 @@ BROKEN = {
     "two tensors": lambda cost: torch.stack(hungarian(cost)),
     "must be long": lambda cost: tuple(part.float() for part in hungarian(cost)),
     "vectors of one length": lambda cost: tuple(part[:, None] for part in hungarian(cost)),
-    "must answer every cost": lambda cost: (cost.argmin(1), torch.arange(len(cost) // (cost.shape[1] - 3))),
+    "must answer every cost":
+        lambda cost: (cost.argmin(1), torch.arange(len(cost) // (cost.shape[1] - 3))),
     "not modify the cost": greedy_in_place,
-    "a prediction must be one of": lambda cost: (hungarian(cost)[0] + len(cost), hungarian(cost)[1]),
+    "a prediction must be one of":
+        lambda cost: (hungarian(cost)[0] + len(cost), hungarian(cost)[1]),
     "an object must be one of": lambda cost: (hungarian(cost)[0], hungarian(cost)[1] - 2),
     "forbidden pair": lambda cost: hungarian(cost.nan_to_num(posinf=-9.0)),
     "at most once": lambda cost: min_cost(cost),
@@ -488,9 +596,12 @@ BROKEN = {
 
 @pytest.mark.parametrize("sentence", BROKEN)
 def test_a_broken_strategy_is_told_what_is_wrong(sentence):
-    """Each rule of the contract has a strategy that breaks it, and this is the sentence its author reads."""
+    """Each rule of the contract has a strategy that breaks it,
+    and this is the sentence its author reads.
+    """
     cost = random_cost(12, 3, 0.2, seed=1)
-    cost[0] = torch.tensor([-3.0, -3.5, -4.0])                               # all three want it
+    # all three want it
+    cost[0] = torch.tensor([-3.0, -3.5, -4.0])
     with pytest.raises(AssertionError, match=sentence):
         check_order(BROKEN[sentence], cost, 0)
 
@@ -510,11 +621,13 @@ def test_the_assigner_option(tmp_path):
     (tmp_path / "my.py").write_text("import assign\n"
                                     "def good(cost):\n    return assign.hungarian(cost)\n"
                                     "def broken(cost):\n    return assign.min_cost(cost)\n")
-    run = subprocess.run([sys.executable, "-m", "pytest", "tests/test_assign.py", "-q", "-p", "no:cacheprovider",
-                          "-k", "test_contract_shapes", "--assigner", f"{tmp_path}/my.py:good",
-                          "--assigner", f"{tmp_path}/my.py:broken"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "tests/test_assign.py", "-q",
+               "-p", "no:cacheprovider", "-k", "test_contract_shapes",
+               "--assigner", f"{tmp_path}/my.py:good", "--assigner", f"{tmp_path}/my.py:broken"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
-    assert run.returncode == 1 and failed and all("my.py:broken" in line for line in failed), run.stdout
+    assert run.returncode == 1 and failed, run.stdout
+    assert all("my.py:broken" in line for line in failed), run.stdout
     assert "a prediction must appear at most once" in run.stdout
 
 
@@ -556,30 +669,42 @@ def random_batch(counts=(3, 0, 5, 1), Q=30, C=4, aux=2):
     def layer(seed):
         boxes = random_boxes(len(counts) * Q, seed).view(len(counts), Q, 4)
         return Prediction(torch.randn(len(counts), Q, C, generator=generator(seed)), boxes)
+
     prediction = layer(0)
     prediction.aux = [layer(1 + n) for n in range(aux)]
-    targets = [{"image_id": 100 + n, "size": torch.tensor([64, 96]), "boxes": random_boxes(G, 50 + n),
-                "labels": torch.arange(G) % C} for n, G in enumerate(counts)]
+    targets = [{"image_id": 100 + n, "size": torch.tensor([64, 96]),
+                "boxes": random_boxes(G, 50 + n), "labels": torch.arange(G) % C}
+               for n, G in enumerate(counts)]
     return prediction, targets
 
 
 @pytest.mark.parametrize("assigner", [hungarian, min_cost, lambda cost: hungarian(cost)],
                          ids=["hungarian", "min-cost", "my own"])
 def test_match_solves_every_image_and_layer_on_its_own(assigner):
-    """scipy (or arg-min) on the cost of one image and one layer gives what match gives for the whole batch."""
+    """scipy (or arg-min) on the cost of one image and one layer
+    gives what match gives for the whole batch.
+    """
     prediction, targets = random_batch()
     answer = match(prediction, targets, assign.matching_cost, assigner)
     assert len(answer) == 3 and all(len(layer) == 4 for layer in answer)
     for layer, matches in zip([prediction, *prediction.aux], answer):
         for n, (target, m) in enumerate(zip(targets, matches)):
-            cost = assign.matching_cost({"logits": layer.logits[n], "boxes": layer.boxes[n]}, target).numpy()
-            expected = (cost.argmin(0), range(cost.shape[1])) if assigner is min_cost else linear_sum_assignment(cost)
-            assert as_set(m.prediction, m.object) == set(zip(*(map(int, part) for part in expected)))
-            assert m.prediction.dtype == m.object.dtype == m.ignored.dtype == torch.long and len(m.ignored) == 0
+            one = {"logits": layer.logits[n], "boxes": layer.boxes[n]}
+            cost = assign.matching_cost(one, target).numpy()
+            if assigner is min_cost:
+                expected = (cost.argmin(0), range(cost.shape[1]))
+            else:
+                expected = linear_sum_assignment(cost)
+            rows, columns = expected
+            assert as_set(m.prediction, m.object) == set(zip(map(int, rows), map(int, columns)))
+            assert m.prediction.dtype == m.object.dtype == m.ignored.dtype == torch.long
+            assert len(m.ignored) == 0
 
 
 def test_match_hands_over_what_belongs_to_the_image():
-    """The cost sees that image's logits, boxes and target, and the candidates that all images share."""
+    """The cost sees that image's logits, boxes and target,
+    and the candidates that all images share.
+    """
     prediction, targets = random_batch(aux=0)
     prediction.candidates, prediction.levels = random_boxes(30, 9), torch.arange(30)
     seen = []
@@ -587,8 +712,10 @@ def test_match_hands_over_what_belongs_to_the_image():
     def cost(one, target):
         seen.append(target["image_id"])
         n = target["image_id"] - 100
-        assert torch.equal(one["logits"], prediction.logits[n]) and torch.equal(one["boxes"], prediction.boxes[n])
-        assert one["candidates"] is prediction.candidates and one["levels"] is prediction.levels
+        assert torch.equal(one["logits"], prediction.logits[n])
+        assert torch.equal(one["boxes"], prediction.boxes[n])
+        assert one["candidates"] is prediction.candidates
+        assert one["levels"] is prediction.levels
         return torch.zeros(30, len(target["boxes"]))
 
     match(prediction, targets, cost, min_cost)
@@ -607,10 +734,13 @@ def test_match_keeps_ignored_predictions_apart():
 
 
 @pytest.mark.parametrize("part", ["logits", "boxes"])
-@pytest.mark.parametrize("rows", [slice(None), slice(8, 9)], ids=["all predictions", "one prediction"])
+@pytest.mark.parametrize("rows", [slice(None), slice(8, 9)],
+                         ids=["all predictions", "one prediction"])
 @pytest.mark.parametrize("assigner", [hungarian, min_cost])
 def test_match_names_the_image_whose_cost_is_nan(assigner, rows, part):
-    """A diverged network stops with the image's id and what to try, before a solver can choke on it."""
+    """A diverged network stops with the image's id and what to try,
+    before a solver can choke on it.
+    """
     prediction, targets = random_batch()
     getattr(prediction.aux[0], part)[2, rows] = NAN
     with pytest.raises(AssignError, match="image 102: .*NaN.*--lr"):
@@ -624,7 +754,8 @@ def test_match_names_the_image_whose_cost_is_nan(assigner, rows, part):
     ("two tensors", lambda cost: ([0], [0])),
     ("long", lambda cost: tuple(part.float() for part in hungarian(cost))),
     (r"one length.*\(3, 1\)", lambda cost: tuple(part[:, None] for part in hungarian(cost))),
-    (r"one length.*\(3,\) and \(2,\).*30 x 3", lambda cost: (hungarian(cost)[0], hungarian(cost)[1][1:])),
+    (r"one length.*\(3,\) and \(2,\).*30 x 3",
+     lambda cost: (hungarian(cost)[0], hungarian(cost)[1][1:])),
     ("prediction outside 0...29", lambda cost: (hungarian(cost)[0] + 30, hungarian(cost)[1])),
     ("object outside 0...2", lambda cost: (hungarian(cost)[0], hungarian(cost)[1] + 3)),
     ("object outside", lambda cost: (hungarian(cost)[0], hungarian(cost)[1] - 9)),
@@ -638,7 +769,9 @@ def test_match_says_what_is_wrong_with_a_strategy(words, assigner):
 
 @pytest.mark.parametrize("assigner", [hungarian, min_cost])
 def test_match_runs_in_float32_without_gradient(assigner):
-    """Under autocast, with a network's half-precision outputs that require gradient: same pairs, nothing recorded."""
+    """Under autocast, with a network's half-precision outputs that require gradient:
+    same pairs, nothing recorded.
+    """
     prediction, targets = random_batch(aux=0)
     prediction.logits, prediction.boxes = prediction.logits.bfloat16(), prediction.boxes.bfloat16()
     rounded = Prediction(prediction.logits.float(), prediction.boxes.float())
@@ -646,7 +779,8 @@ def test_match_runs_in_float32_without_gradient(assigner):
 
     def cost(one, target):
         assert not torch.is_grad_enabled()
-        assert (one["boxes"] @ target["boxes"].mT).dtype == torch.float32          # autocast is off
+        # autocast is off
+        assert (one["boxes"] @ target["boxes"].mT).dtype == torch.float32
         return assign.matching_cost(one, target)
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -668,18 +802,26 @@ def slow_radius(h, w, overlap=0.7):
     return min(roots)
 
 
-@pytest.mark.parametrize("height, width, radius", [(10, 10, 2.7332), (32, 64, 11.7694), (100, 50, 18.3896),
-                                                   (4, 4, 1.0933)])
+@pytest.mark.parametrize("height, width, radius", [
+    (10, 10, 2.7332),
+    (32, 64, 11.7694),
+    (100, 50, 18.3896),
+    (4, 4, 1.0933),
+])
 def test_gaussian_radius_has_the_published_quirk(height, width, radius):
-    """The values of the released CenterNet, not those of the textbook root (0.8167, 3.4476, 5.3869, 0.3267)."""
+    """The values of the released CenterNet, not those of the textbook root
+    (0.8167, 3.4476, 5.3869, 0.3267).
+    """
     both = torch.tensor([float(height)]), torch.tensor([float(width)])
-    assert assign.gaussian_radius(*both).item() == pytest.approx(radius, abs=1e-3) == slow_radius(height, width)
+    expected = slow_radius(height, width)
+    assert assign.gaussian_radius(*both).item() == pytest.approx(radius, abs=1e-3) == expected
 
 
 def slow_heat_map(boxes, labels, C, H, W):
     heat = np.zeros((C, H, W))
     for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist()):
-        cx, cy = min(max(int((x1 + x2) / 2), 0), W - 1), min(max(int((y1 + y2) / 2), 0), H - 1)
+        cx = min(max(int((x1 + x2) / 2), 0), W - 1)
+        cy = min(max(int((y1 + y2) / 2), 0), H - 1)
         r = max(0, int(slow_radius(math.ceil(y2 - y1), math.ceil(x2 - x1))))
         for y in range(max(0, cy - r), min(H, cy + r + 1)):
             for x in range(max(0, cx - r), min(W, cx + r + 1)):
@@ -699,11 +841,16 @@ def test_heat_map_agrees_with_a_slow_loop(seed):
 
 
 def test_heat_map_by_hand():
-    """Two boxes of 4 x 4 cells (radius 1, sigma 1/2), two cells apart: 1 at the centres, the larger in between."""
-    boxes = torch.tensor([[1.5, 1.5, 5.5, 5.5], [3.5, 1.9, 7.5, 5.9]])          # centres (3.5, 3.5), (5.5, 3.9)
+    """Two boxes of 4 x 4 cells (radius 1, sigma 1/2), two cells apart:
+    1 at the centres, the larger in between.
+    """
+    # centres (3.5, 3.5), (5.5, 3.9)
+    boxes = torch.tensor([[1.5, 1.5, 5.5, 5.5], [3.5, 1.9, 7.5, 5.9]])
     heat, cell = assign.heat_map(boxes, torch.tensor([0, 0]), 1, (8, 8))
-    assert cell.tolist() == [[3, 3], [5, 3]]                                    # truncated
-    assert heat[0, 3].tolist() == pytest.approx([0, 0, math.exp(-2), 1, math.exp(-2), 1, math.exp(-2), 0], abs=1e-6)
+    # truncated
+    assert cell.tolist() == [[3, 3], [5, 3]]
+    row = [0, 0, math.exp(-2), 1, math.exp(-2), 1, math.exp(-2), 0]
+    assert heat[0, 3].tolist() == pytest.approx(row, abs=1e-6)
     assert heat[0, 2, 4].item() == pytest.approx(math.exp(-4)) and heat[0, 1].sum() == 0
 
 
