@@ -1,4 +1,4 @@
-"""Are the detectors those of the published recipes, and do they refuse weights that do not belong to them?
+"""Are the detectors those of the published recipes?  Do they refuse weights of something else?
 
 torchvision's own detectors and operators, and numbers from the recipes, are the judges.
 """
@@ -23,7 +23,8 @@ import models
 from models import CheckpointError, Prediction
 
 every_detector = pytest.mark.parametrize("detector", models.DENSE)
-STRIDES = (8, 16, 32, 64, 128)              # of FCOS and RetinaNet: P3 to P7
+# of FCOS and RetinaNet: P3 to P7
+STRIDES = (8, 16, 32, 64, 128)
 every_form = pytest.mark.parametrize("original", [False, True], ids=["one-to-one", "original"])
 
 
@@ -31,12 +32,14 @@ def small(detector, original=False, backbone="tiny", num_classes=3, **options):
     """An untrained detector that is quick to run."""
     torch.manual_seed(0)
     slim = {"widths": (16, 16, 16)} if detector == "centernet" else {"width": 32, "depth": 1}
-    return models.build(detector, num_classes, backbone, original=original, **{**slim, **options}).eval()
+    options = {**slim, **options}
+    return models.build(detector, num_classes, backbone, original=original, **options).eval()
 
 
 def run(model, height=64, width=96, B=2):
     """The prediction for random images without padding."""
-    images = torch.randint(0, 256, (B, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(0, 256, (B, 3, height, width), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model(images, torch.zeros(B, height, width, dtype=torch.bool))
 
@@ -52,14 +55,18 @@ def constant(conv, values):
 # ------------------------------------------------------------------------------------------------
 
 def slow_anchors(H, W, stride):
-    """Rows, columns, sizes, ratios, from outer to inner; centred on the cell's corner, as detectron2 (offset 0)."""
+    """Rows, columns, sizes, ratios, from outer to inner;
+    centred on the cell's corner, as detectron2 (offset 0).
+    """
     anchors = []
     for y in range(H):
         for x in range(W):
             for size in (4 * stride * 2 ** power for power in (0, 1 / 3, 2 / 3)):
                 for ratio in (0.5, 1, 2):
                     w, h = math.sqrt(size ** 2 / ratio), math.sqrt(size ** 2 / ratio) * ratio
-                    anchors.append([x * stride - w / 2, y * stride - h / 2, x * stride + w / 2, y * stride + h / 2])
+                    x1, y1 = x * stride - w / 2, y * stride - h / 2
+                    x2, y2 = x * stride + w / 2, y * stride + h / 2
+                    anchors.append([x1, y1, x2, y2])
     return torch.tensor(anchors)
 
 
@@ -69,15 +76,16 @@ def test_retinanet_anchors_agree_with_a_slow_loop():
     prediction = run(model)
     assert model.strides == STRIDES
     for level, s in enumerate(model.strides):
-        torch.testing.assert_close(prediction.candidates[prediction.levels == level],
-                                   slow_anchors(math.ceil(64 / s), math.ceil(96 / s), s), atol=1e-3, rtol=1e-5)
+        expected = slow_anchors(math.ceil(64 / s), math.ceil(96 / s), s)
+        torch.testing.assert_close(prediction.candidates[prediction.levels == level], expected,
+                                   atol=1e-3, rtol=1e-5)
 
 
 def test_the_first_anchors_of_p3():
     """Width x height for a size of 32: 45.255 x 22.627, 32 x 32, 22.627 x 45.255."""
     first = small("retinanet").anchors(torch.zeros(1, 1, 2, 2), 8)[:3]
-    torch.testing.assert_close(first[:, 2:] - first[:, :2],
-                               torch.tensor([[45.255, 22.627], [32, 32], [22.627, 45.255]]), atol=1e-3, rtol=0)
+    expected = torch.tensor([[45.255, 22.627], [32, 32], [22.627, 45.255]])
+    torch.testing.assert_close(first[:, 2:] - first[:, :2], expected, atol=1e-3, rtol=0)
     assert (first[:, 2:] + first[:, :2] == 0).all()
 
 
@@ -92,8 +100,9 @@ def test_points_are_the_middles_of_cells(detector, original, strides):
     assert run(model).candidates.tolist() == expected
 
 
-boxes_and_deltas = st.tuples(*[st.floats(-500, 500)] * 2, *[st.floats(1, 500)] * 2, *[st.floats(-3, 3)] * 2,
-                             *[st.floats(-4, 8)] * 2)
+# Corner, size, shift and change of the size.
+boxes_and_deltas = st.tuples(*[st.floats(-500, 500)] * 2, *[st.floats(1, 500)] * 2,
+                             *[st.floats(-3, 3)] * 2, *[st.floats(-4, 8)] * 2)
 
 
 @given(st.lists(boxes_and_deltas, min_size=1, max_size=5))
@@ -109,7 +118,8 @@ def test_apply_deltas_is_torchvisions_box_coder(rows):
 def test_get_deltas_is_the_inverse_of_apply_deltas(rows):
     corner, size, deltas = torch.tensor(rows, dtype=torch.float64).split([2, 2, 4], 1)
     anchors, deltas = torch.cat([corner, corner + size], 1), deltas.clamp(max=4.1)
-    torch.testing.assert_close(models.get_deltas(anchors, models.apply_deltas(anchors, deltas)), deltas)
+    again = models.get_deltas(anchors, models.apply_deltas(anchors, deltas))
+    torch.testing.assert_close(again, deltas)
 
 
 def test_a_huge_delta_gives_62_times_the_anchor():
@@ -122,7 +132,9 @@ def test_a_huge_delta_gives_62_times_the_anchor():
 # ------------------------------------------------------------------------------------------------
 
 def test_retinanet_channels_are_anchor_then_class():
-    """Channel 3 a + c is class c of anchor a; channel 4 a + d is delta d; anchors innermost in the prediction."""
+    """Channel 3 a + c is class c of anchor a; channel 4 a + d is delta d;
+    anchors innermost in the prediction.
+    """
     model = small("retinanet")
     constant(model.score, [float(n) for n in range(27)])
     constant(model.delta, [n / 100 for n in range(36)])
@@ -142,28 +154,37 @@ def number_the_cells(conv, inputs, output):
 @every_detector
 @every_form
 def test_all_outputs_are_in_the_order_of_the_candidates(detector, original):
-    """Row by row within a level, anchors innermost: the scores, and everything that makes the boxes."""
+    """Row by row within a level, anchors innermost: the scores,
+    and everything that makes the boxes.
+    """
     model = small(detector, original)
     for name in ("score", "delta", "ltrb", "centreness", "size", "offset"):
         if getattr(model, name, None):
             getattr(model, name).register_forward_hook(number_the_cells)
     prediction = run(model)
-    cell = torch.cat([(torch.arange(math.ceil(64 / s) * math.ceil(96 / s)) / 100).repeat_interleave(
-        9 if detector == "retinanet" else 1) for s in model.strides])                        # (Q,)
+
+    per_cell = 9 if detector == "retinanet" else 1
+    cells = [math.ceil(64 / s) * math.ceil(96 / s) for s in model.strides]
+    cell = torch.cat([(torch.arange(n) / 100).repeat_interleave(per_cell) for n in cells])  # (Q,)
     assert (prediction.logits == cell[:, None]).all()
     for key in {"deltas", "centreness", "size", "offset"} & prediction.raw.keys():
         assert (prediction.raw[key].view(2, len(cell), -1) == cell[:, None]).all()
+
     if detector == "retinanet":
-        expected = BoxCoder((1, 1, 1, 1)).decode_single(cell[:, None].repeat(1, 4), prediction.candidates)
+        deltas = cell[:, None].repeat(1, 4)
+        expected = BoxCoder((1, 1, 1, 1)).decode_single(deltas, prediction.candidates)
         torch.testing.assert_close(prediction.boxes[0], expected)
     elif not (detector == "centernet" and original):
         unit = torch.tensor(model.strides)[prediction.levels] if detector == "fcos" else 1
-        torch.testing.assert_close(prediction.boxes[0, :, 3] - prediction.candidates[:, 3], cell * unit)
+        down = prediction.boxes[0, :, 3] - prediction.candidates[:, 3]
+        torch.testing.assert_close(down, cell * unit)
 
 
 @every_form
 def test_fcos_predicts_distances_in_strides(original):
-    """ReLU(scale of the level x output) x stride: left, top, right, bottom; a negative distance is 0."""
+    """ReLU(scale of the level x output) x stride: left, top, right, bottom;
+    a negative distance is 0.
+    """
     model = small("fcos", original)
     constant(model.ltrb, [1, 2, 3, -4])
     model.scale.data = torch.tensor([1, 2, 1, 0.5, 1])
@@ -181,13 +202,16 @@ def test_centernet_predicts_distances_in_pixels():
 
 
 def test_original_centernet_predicts_size_and_offset_in_cells():
-    """Of 4 pixels; the offset counts from the cell's corner, which lies 2 pixels before its middle."""
+    """Of 4 pixels; the offset counts from the cell's corner,
+    which lies 2 pixels before its middle.
+    """
     model = small("centernet", original=True)
     constant(model.size[-1], [3, 5])
     constant(model.offset[-1], [0.25, 0.75])
     prediction = run(model)
     expected = torch.tensor([1.0 - 6, 3 - 10, 1 + 6, 3 + 10]) - 2
-    torch.testing.assert_close(prediction.boxes - prediction.candidates, expected.expand_as(prediction.boxes))
+    torch.testing.assert_close(prediction.boxes - prediction.candidates,
+                               expected.expand_as(prediction.boxes))
 
 
 def test_a_centernet_of_two_steps_has_stride_8():
@@ -196,8 +220,10 @@ def test_a_centernet_of_two_steps_has_stride_8():
     constant(model.size[-1], [2, 3])
     constant(model.offset[-1], [0.5, 0.5])
     prediction = run(model)
-    assert model.strides == (8,) and prediction.raw["grid"] == (8, 12) and prediction.raw["stride"] == 8
-    assert prediction.candidates.tolist() == [[x, y, x, y] for y in range(4, 64, 8) for x in range(4, 96, 8)]
+    expected = [[x, y, x, y] for y in range(4, 64, 8) for x in range(4, 96, 8)]
+    assert model.strides == (8,)
+    assert prediction.raw["grid"] == (8, 12) and prediction.raw["stride"] == 8
+    assert prediction.candidates.tolist() == expected
     assert (prediction.boxes - prediction.candidates == torch.tensor([-8, -12, 8, 12])).all()
 
 
@@ -207,8 +233,13 @@ def test_the_original_centernet_begins_with_boxes_of_the_prior_and_may_have_late
     torch.nn.init.zeros_(model.size[-1].weight)
     boxes = run(model).boxes
     assert torch.allclose(boxes[..., 2:] - boxes[..., :2], torch.tensor(24.0), atol=1e-4)
-    names = {name for name, _ in small("centernet", original=True, laterals=True).named_parameters()} - {name for name, _ in model.named_parameters()}
-    assert {f"neck.lateral.{n}.weight" for n in range(3)} <= names and all(name.startswith("neck.") for name in names)
+
+    def names(model):
+        return {name for name, _ in model.named_parameters()}
+
+    more = names(small("centernet", original=True, laterals=True)) - names(model)
+    assert {f"neck.lateral.{n}.weight" for n in range(3)} <= more
+    assert all(name.startswith("neck.") for name in more)
 
 
 def test_box_prior_is_the_distance_to_begin_with():
@@ -224,7 +255,9 @@ def test_box_prior_is_the_distance_to_begin_with():
 @every_detector
 @every_form
 def test_an_untrained_detector_finds_nothing(detector, original):
-    """Every class starts at a score of about 0.01 on random images, in the original CenterNet at 0.1."""
+    """Every class starts at a score of about 0.01 on random images,
+    in the original CenterNet at 0.1.
+    """
     prior = 0.1 if (detector, original) == ("centernet", True) else 0.01
     logits = run(small(detector, original, num_classes=20)).logits
     assert models.PRIOR_BIAS == pytest.approx(-4.595120, abs=1e-6)
@@ -238,15 +271,21 @@ def test_an_untrained_detector_finds_nothing(detector, original):
 
 @pytest.mark.parametrize("extra_from", ["c5", "p5"])
 def test_fpn_is_torchvisions(extra_from):
-    """With the same weights; P6 from C5 (RetinaNet, OneNet) or from P5 (the original FCOS), P7 from ReLU(P6)."""
+    """With the same weights; P6 from C5 (RetinaNet, OneNet) or from P5 (the original FCOS),
+    P7 from ReLU(P6).
+    """
     backbone = models.Tiny()
     neck = models.FPN(backbone, 16, 2, extra_from)
     top = LastLevelP6P7(16 if extra_from == "p5" else backbone.channels[-1], 16)
     reference = FeaturePyramidNetwork(backbone.channels[-3:], 16, extra_blocks=top)
+
+    ours = [*neck.lateral, *neck.output, *neck.extra]
     blocks = [block[0] for block in (*reference.inner_blocks, *reference.layer_blocks)]
-    for ours, theirs in zip([*neck.lateral, *neck.output, *neck.extra], [*blocks, top.p6, top.p7], strict=True):
-        theirs.load_state_dict(ours.state_dict())
-    features = [torch.randn(2, c, 64 // s, 96 // s) for c, s in zip(backbone.channels, backbone.strides)]
+    for mine, theirs in zip(ours, [*blocks, top.p6, top.p7], strict=True):
+        theirs.load_state_dict(mine.state_dict())
+
+    features = [torch.randn(2, c, 64 // s, 96 // s)
+                for c, s in zip(backbone.channels, backbone.strides)]
     expected = reference(collections.OrderedDict(enumerate(features[-3:])))
     for ours, theirs in zip(neck(features), expected.values(), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -258,19 +297,23 @@ def test_fpn_strides_are_those_of_its_maps(extra):
     for backbone in (models.Tiny(), models.ResNet("resnet18")):
         neck = models.FPN(backbone, 16, extra)
         maps = neck(backbone(images))
-        assert [(math.ceil(64 / s), math.ceil(128 / s)) for s in neck.strides] == [x.shape[-2:] for x in maps]
-        assert [x.shape[1:] for x in backbone(images)] == [
-            (c, 64 // s, 128 // s) for c, s in zip(backbone.channels, backbone.strides)]
+        sides = [(math.ceil(64 / s), math.ceil(128 / s)) for s in neck.strides]
+        assert sides == [x.shape[-2:] for x in maps]
+        shapes = [(c, 64 // s, 128 // s) for c, s in zip(backbone.channels, backbone.strides)]
+        assert [x.shape[1:] for x in backbone(images)] == shapes
 
 
 def test_a_deformable_convolution_starts_as_half_a_convolution():
     """Without offsets it looks where a plain 3x3 does; the masks start at sigmoid(0) = 1/2."""
     conv, x = models.DeformConv(5, 7), torch.randn(2, 5, 9, 11)
-    torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, padding=1) / 2, atol=1e-5, rtol=1e-5)
+    expected = F.conv2d(x, conv.weight, padding=1) / 2
+    torch.testing.assert_close(conv(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_deformable_offsets_are_y_then_x():
-    """Offsets of one row down and two columns right, masks of 1: the plain convolution of the moved picture."""
+    """Offsets of one row down and two columns right, masks of 1:
+    the plain convolution of the moved picture.
+    """
     conv, x = models.DeformConv(5, 7), torch.randn(2, 5, 9, 11)
     constant(conv.offset, [1.0, 2.0] * 9 + [50.0] * 9)
     moved = F.conv2d(F.pad(x, (0, 2, 0, 1))[..., 1:, 2:], conv.weight, padding=1)
@@ -285,23 +328,28 @@ def test_frozen_stages_receive_no_gradient(freeze, frozen):
         assert "bn" not in name and "downsample.1" not in name
         assert p.requires_grad == (name.split(".")[1] not in frozen)
     trained = models.ResNet("resnet18", norm="batch", freeze=0)
-    assert "body.bn1.weight" in dict(trained.named_parameters()) and all(p.requires_grad for p in trained.parameters())
+    assert "body.bn1.weight" in dict(trained.named_parameters())
+    assert all(p.requires_grad for p in trained.parameters())
 
 
 def parameters(model):
     """How many, not counting batch norms, which some count and some freeze."""
-    return sum(p.numel() for module in model.modules() if not isinstance(module, torch.nn.BatchNorm2d)
+    return sum(p.numel() for module in model.modules()
+               if not isinstance(module, torch.nn.BatchNorm2d)
                for p in module.parameters(recurse=False))
 
 
 def test_original_detectors_have_as_many_parameters_as_torchvisions():
-    """torchvision's FCOS lacks the five scales; its RetinaNet takes P6 from P5 (256 channels), not C5 (2048)."""
+    """torchvision's FCOS lacks the five scales;
+    its RetinaNet takes P6 from P5 (256 channels), not C5 (2048).
+    """
     with torch.device("meta"):
         fcos, retinanet = (make(weights=None, weights_backbone=None, num_classes=91)
                            for make in (fcos_resnet50_fpn, retinanet_resnet50_fpn))
-        assert parameters(models.build("fcos", 91, "resnet50", original=True)) == parameters(fcos) + 5
-        assert (parameters(models.build("retinanet", 91, "resnet50", original=True))
-                == parameters(retinanet) + (2048 - 256) * 256 * 9)
+        ours = [parameters(models.build(detector, 91, "resnet50", original=True))
+                for detector in ("fcos", "retinanet")]
+        assert ours[0] == parameters(fcos) + 5
+        assert ours[1] == parameters(retinanet) + (2048 - 256) * 256 * 9
 
 
 def test_one_to_one_detectors_lack_what_onenet_left_out():
@@ -310,19 +358,25 @@ def test_one_to_one_detectors_lack_what_onenet_left_out():
         count = {(name, original): parameters(models.build(name, 80, "resnet50", original=original))
                  for name in ("retinanet", "fcos") for original in (False, True)}
     assert count["retinanet", True] - count["retinanet", False] == 8 * 256
-    assert count["fcos", True] - count["fcos", False] == 8 * 256 + (256 * 9 + 1) - (2048 - 256) * 256 * 9
+    centreness, extra = 256 * 9 + 1, (2048 - 256) * 256 * 9
+    assert count["fcos", True] - count["fcos", False] == 8 * 256 + centreness - extra
 
 
 @pytest.mark.parametrize("detector, candidates", [("retinanet", 201_600), ("fcos", 22_400)])
 @every_form
 def test_candidates_of_a_coco_image(detector, candidates, original):
-    """800 x 1333 padded to 800 x 1344: 22,400 points, nine anchors each (shapes only, on the meta device)."""
+    """800 x 1333 padded to 800 x 1344: 22,400 points, nine anchors each
+    (shapes only, on the meta device).
+    """
     with torch.device("meta"):
         model = models.build(detector, 80, "resnet50", original=original)
-        prediction = model(torch.zeros(1, 3, 800, 1344, dtype=torch.uint8), torch.zeros(1, 800, 1344, dtype=torch.bool))
+        images = torch.zeros(1, 3, 800, 1344, dtype=torch.uint8)
+        prediction = model(images, torch.zeros(1, 800, 1344, dtype=torch.bool))
     assert model.strides == (8, 16, 32, 64, 128)
-    assert prediction.logits.shape == (1, candidates, 80) and prediction.boxes.shape == (1, candidates, 4)
-    assert prediction.candidates.shape == (candidates, 4) and prediction.levels.shape == (candidates,)
+    assert prediction.logits.shape == (1, candidates, 80)
+    assert prediction.boxes.shape == (1, candidates, 4)
+    assert prediction.candidates.shape == (candidates, 4)
+    assert prediction.levels.shape == (candidates,)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -333,32 +387,43 @@ def test_candidates_of_a_coco_image(detector, candidates, original):
 @every_form
 @pytest.mark.parametrize("backbone", ["tiny", "resnet18"])
 def test_every_detector_answers_in_the_documented_shapes(detector, original, backbone):
-    """(B, Q, C), (B, Q, 4), (Q, 4), (Q,): levels from fine to coarse, with ceil(size / stride) cells a side."""
+    """(B, Q, C), (B, Q, 4), (Q, 4), (Q,): levels from fine to coarse,
+    with ceil(size / stride) cells a side.
+    """
     per_cell = {"retinanet": 9, "fcos": 1, "centernet": 1}[detector]
-    cells = [math.ceil(64 / s) * math.ceil(96 / s) * per_cell for s in ((4,) if detector == "centernet" else STRIDES)]
+    strides = (4,) if detector == "centernet" else STRIDES
+    cells = [math.ceil(64 / s) * math.ceil(96 / s) * per_cell for s in strides]
+    Q = sum(cells)
+    raw = {"retinanet": {"deltas", "positives_average"}, "fcos": {"centreness"},
+           "centernet": {"size", "offset", "grid", "stride"}}[detector]
+
     torch.manual_seed(0)
     prediction = run(models.build(detector, 5, backbone, original=original).eval())
     assert isinstance(prediction, Prediction) and prediction.aux == []
-    assert prediction.logits.shape == (2, sum(cells), 5) and prediction.boxes.shape == (2, sum(cells), 4)
-    assert prediction.candidates.shape == (sum(cells), 4)
+    assert prediction.logits.shape == (2, Q, 5) and prediction.boxes.shape == (2, Q, 4)
+    assert prediction.candidates.shape == (Q, 4)
     assert prediction.levels.tolist() == [level for level, n in enumerate(cells) for _ in range(n)]
-    assert set(prediction.raw) == ({"retinanet": {"deltas", "positives_average"}, "fcos": {"centreness"},
-                                    "centernet": {"size", "offset", "grid", "stride"}}[detector] if original else set())
+    assert set(prediction.raw) == (raw if original else set())
 
 
 @every_detector
 @every_form
 def test_every_parameter_learns_from_the_outputs_it_makes(detector, original):
-    """From the scores everything but the box branch; from boxes (and centre-ness) everything but the class branch."""
+    """From the scores everything but the box branch;
+    from boxes (and centre-ness) everything but the class branch.
+    """
     model = small(detector, original)
-    images, mask = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8), torch.zeros(2, 64, 96, dtype=torch.bool)
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
     prediction = model(images, mask)
-    location = [prediction.boxes, *(x for x in prediction.raw.values() if torch.is_tensor(x) and x.requires_grad)]
+    location = [prediction.boxes, *(x for x in prediction.raw.values()
+                                    if torch.is_tensor(x) and x.requires_grad)]
     of_scores = {"class_tower", "score"}
     of_boxes = {"box_tower", "delta", "ltrb", "scale", "centreness", "size", "offset"}
     for outputs, idle in [([prediction.logits], of_boxes), (location, of_scores)]:
         total = sum(x.sum() for x in outputs)
-        gradients = torch.autograd.grad(total, model.parameters(), retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(total, model.parameters(),
+                                        retain_graph=True, allow_unused=True)
         for (name, _), gradient in zip(model.named_parameters(), gradients):
             assert (gradient is None) == (name.split(".")[0] in idle), name
 
@@ -366,13 +431,16 @@ def test_every_parameter_learns_from_the_outputs_it_makes(detector, original):
 @every_detector
 @every_form
 def test_bfloat16_ends_before_logits_and_boxes(detector, original):
-    """Costs and losses are float32: the heads hand over float32 also under autocast, close to the full computation."""
+    """Costs and losses are float32: the heads hand over float32 also under autocast,
+    close to the full computation.
+    """
     model = small(detector, original)
     expected = run(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         prediction = run(model)
     assert prediction.logits.dtype == prediction.boxes.dtype == torch.float32
-    assert all(value.dtype == torch.float32 for value in prediction.raw.values() if torch.is_tensor(value))
+    tensors = [value for value in prediction.raw.values() if torch.is_tensor(value)]
+    assert all(value.dtype == torch.float32 for value in tensors)
     torch.testing.assert_close(prediction.logits, expected.logits, atol=0.2, rtol=0.05)
 
 
@@ -380,7 +448,8 @@ def test_bfloat16_ends_before_logits_and_boxes(detector, original):
 def test_padding_shows_the_mean_colour(detector):
     """What lies under the mask does not matter: it is zero after normalisation."""
     model = small(detector)
-    images, mask = torch.randint(0, 256, (2, 2, 3, 64, 96), dtype=torch.uint8), torch.zeros(2, 64, 96, dtype=torch.bool)
+    images = torch.randint(0, 256, (2, 2, 3, 64, 96), dtype=torch.uint8)
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
     mask[:, 40:], mask[1, :, 70:] = True, True
     images = torch.where(mask[:, None], images, images[0])
     with torch.no_grad():
@@ -396,14 +465,18 @@ def test_padding_shows_the_mean_colour(detector):
 def test_top_k_sorts_all_pairs_of_prediction_and_class(k):
     """One prediction may be reported under several classes."""
     scores, boxes = torch.rand(20, 3), torch.rand(20, 4)
-    pairs = sorted(((scores[q, c].item(), q, c) for q in range(20) for c in range(3)), reverse=True)[:k]
+    every = [(scores[q, c].item(), q, c) for q in range(20) for c in range(3)]
+    pairs = sorted(every, reverse=True)[:k]
     found = models.top_k(boxes, scores, k)
-    assert found[1].tolist() == [score for score, _, _ in pairs] and found[2].tolist() == [c for _, _, c in pairs]
+    assert found[1].tolist() == [score for score, _, _ in pairs]
+    assert found[2].tolist() == [c for _, _, c in pairs]
     assert torch.equal(found[0], boxes[[q for _, q, _ in pairs]])
 
 
 def slow_candidates(prediction, scores, accepted, threshold):
-    """Class by class torchvision's NMS on the accepted pairs: (score, prediction, class), best first."""
+    """Class by class torchvision's NMS on the accepted pairs:
+    (score, prediction, class), best first.
+    """
     kept = []
     for c in range(scores.shape[1]):
         rows = accepted[:, c].nonzero()[:, 0]
@@ -414,21 +487,28 @@ def slow_candidates(prediction, scores, accepted, threshold):
 
 @pytest.mark.parametrize("detector, threshold", [("retinanet", 0.5), ("fcos", 0.6)])
 def test_original_detections(detector, threshold):
-    """Class scores above 0.05 (FCOS ranks by the root of class score x centre-ness), then NMS of each class."""
+    """Class scores above 0.05 (FCOS ranks by the root of class score x centre-ness),
+    then NMS of each class.
+    """
     model = small(detector, original=True)
     prediction = run(model, B=1)
     prediction.logits = torch.randn(prediction.logits.shape) * 2 - 3
     prediction.boxes[0, :, 2:] = prediction.boxes[0, :, :2] + 30
+
     p = prediction.logits[0].sigmoid()
     scores = p
     if detector == "fcos":
         prediction.raw["centreness"] = torch.randn(prediction.raw["centreness"].shape)
         scores = (p * prediction.raw["centreness"][0].sigmoid()[:, None]).sqrt()
-    keep = torch.zeros_like(p, dtype=torch.bool)         # the 1,000 best accepted pairs of each level
+
+    # the 1,000 best accepted pairs of each level
+    keep = torch.zeros_like(p, dtype=torch.bool)
+    accepted = (p > 0.05).nonzero().tolist()
     for level in range(5):
-        pairs = [(scores[q, c].item(), q, c) for q, c in (p > 0.05).nonzero().tolist() if prediction.levels[q] == level]
+        pairs = [(scores[q, c].item(), q, c) for q, c in accepted if prediction.levels[q] == level]
         for _, q, c in sorted(pairs, reverse=True)[:1000]:
             keep[q, c] = True
+
     for k in (100, 10_000):
         found = model.detections(prediction, 0, k)
         expected = slow_candidates(prediction, scores, keep, threshold)[:k]
@@ -440,36 +520,49 @@ def test_original_detections(detector, threshold):
 
 
 def test_original_centernet_keeps_peaks():
-    """Its "NMS" are the cells that are the largest of their 3x3 neighbours in their class (scipy's maximum filter)."""
+    """Its "NMS" are the cells that are the largest of their 3x3 neighbours in their class
+    (scipy's maximum filter).
+    """
     model = small("centernet", original=True)
     prediction = run(model)
     prediction.logits = torch.randn(prediction.logits.shape)
     heat = prediction.logits[1].sigmoid().mT.reshape(3, 16, 24).numpy()
     peaks = heat[heat == scipy.ndimage.maximum_filter(heat, (1, 3, 3), mode="constant")]
-    assert model.detections(prediction, 1, 20)["nms"][1].tolist() == sorted(peaks.tolist(), reverse=True)[:20]
+    expected = sorted(peaks.tolist(), reverse=True)[:20]
+    assert model.detections(prediction, 1, 20)["nms"][1].tolist() == expected
 
 
 @every_detector
 def test_one_to_one_detections_need_no_nms(detector):
-    """They are the k best pairs; the NMS column is computed from those k (torchvision, class by class)."""
+    """They are the k best pairs; the NMS column is computed from those k
+    (torchvision, class by class).
+    """
     model = small(detector)
     prediction = run(model)
     prediction.logits = torch.randn(prediction.logits.shape)
     prediction.boxes[..., 2:] = prediction.boxes[..., :2] + 30
     found = model.detections(prediction, 1, 50)
     boxes, scores, labels = found["plain"]
-    assert scores.tolist() == sorted(prediction.logits[1].sigmoid().flatten().tolist(), reverse=True)[:50]
-    kept = sorted((-scores[i].item(), i) for c in range(3) for rows in [(labels == c).nonzero()[:, 0]]
-                  for i in rows[nms(boxes[rows], scores[rows], 0.5)].tolist())
+    every = prediction.logits[1].sigmoid().flatten().tolist()
+    assert scores.tolist() == sorted(every, reverse=True)[:50]
+
+    kept = []
+    for c in range(3):
+        rows = (labels == c).nonzero()[:, 0]
+        for i in rows[nms(boxes[rows], scores[rows], 0.5)].tolist():
+            kept.append((-scores[i].item(), i))
+    kept.sort()
     assert 0 < len(kept) < 50 and torch.equal(found["nms"][0], boxes[[i for _, i in kept]])
 
 
 def test_detections_go_back_to_the_original_image():
     """Scaled per axis, clipped to the picture, and dropped where nothing remains."""
     boxes = torch.tensor([[10.0, 10, 20, 20], [-5, 30, 20, 90], [70, 0, 90, 10], [5, 5, 5, 9]])
-    target = {"size": torch.tensor([40, 60]), "original_size": torch.tensor([80, 180])}          # 2 high, 3 wide
+    # 2 high, 3 wide
+    target = {"size": torch.tensor([40, 60]), "original_size": torch.tensor([80, 180])}
     found = models.to_original((boxes, torch.arange(4.0), torch.arange(4)), target)
-    assert found[0].tolist() == [[30, 20, 60, 40], [0, 60, 60, 80]] and found[2].tolist() == [0, 1]
+    assert found[0].tolist() == [[30, 20, 60, 40], [0, 60, 60, 80]]
+    assert found[2].tolist() == [0, 1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -481,7 +574,8 @@ DESCRIPTION = {"class_names": ["a", "b", "c"], "test_transform": {}, "args": {}}
 
 def save(file, detector="fcos", num_classes=3):
     """What train.py saves, as far as the reader cares.  Returns the model."""
-    build = {"detector": detector, "num_classes": num_classes, "backbone": "tiny", "width": 16, "depth": 1, "extra": 1}
+    build = {"detector": detector, "num_classes": num_classes, "backbone": "tiny",
+             "width": 16, "depth": 1, "extra": 1}
     model = models.build(**build).eval()
     torch.save({"build": build, "model": model.state_dict(), **DESCRIPTION}, file)
     return model
@@ -504,15 +598,19 @@ class Harmful:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda what, file: file.write_bytes(pickle.dumps(what, protocol=2))],
-                         ids=["torch.save", "pickle"])
+def pickled(what, file):
+    file.write_bytes(pickle.dumps(what, protocol=2))
+
+
+@pytest.mark.parametrize("write", [torch.save, pickled], ids=["torch.save", "pickle"])
 def test_a_checkpoint_with_code_in_it_does_not_run(tmp_path, write):
     file, folder = tmp_path / "last.pt", tmp_path / "harm"
     write({"model": Harmful(folder)}, file)
     with pytest.raises(CheckpointError, match="last.pt: refused.*run code"):
         models.read_checkpoint(file)
     assert not folder.exists()
-    with contextlib.suppress(RuntimeError):              # the same file, trusted, does run: this test can fail
+    # the same file, trusted, does run: this test can fail
+    with contextlib.suppress(RuntimeError):
         torch.load(file, weights_only=False)
     assert folder.exists()
 
@@ -540,12 +638,19 @@ def test_a_file_that_is_no_checkpoint_is_called_what_it_is(tmp_path, write, word
 
 
 @pytest.mark.parametrize("content", [
-    {}, {"model": 3}, {"epoch": 7, "state_dict": {"conv1.weight": torch.zeros(1)}}, {0: torch.zeros(1)},
+    {},
+    {"model": 3},
+    {"epoch": 7, "state_dict": {"conv1.weight": torch.zeros(1)}},
+    {0: torch.zeros(1)},
     {"model": {"stem.0.weight": [1, 2]}},
-    {"model": {}, "build": {"detector": "yolo", "num_classes": 3, "backbone": "tiny"}, **DESCRIPTION},
-    {"model": {}, "build": {"detector": "fcos", "num_classes": 3, "backbone": "tiny", "wings": 2}, **DESCRIPTION},
-    {"model": {}, "build": {"detector": "fcos", "num_classes": 3, "backbone": "tiny"}, **DESCRIPTION},
-], ids=["empty", "number", "state_dict", "numbered", "lists", "unknown detector", "unknown option", "no weights"])
+    {"model": {}, "build": {"detector": "yolo", "num_classes": 3, "backbone": "tiny"},
+     **DESCRIPTION},
+    {"model": {}, "build": {"detector": "fcos", "num_classes": 3, "backbone": "tiny", "wings": 2},
+     **DESCRIPTION},
+    {"model": {}, "build": {"detector": "fcos", "num_classes": 3, "backbone": "tiny"},
+     **DESCRIPTION},
+], ids=["empty", "number", "state_dict", "numbered", "lists",
+        "unknown detector", "unknown option", "no weights"])
 @pytest.mark.parametrize("reader", ["from_checkpoint", "load_weights", "load_backbone"])
 def test_a_file_of_another_program_is_refused(tmp_path, reader, content):
     """Whatever dict it holds, the reader says so in its own words."""
@@ -561,13 +666,17 @@ def test_a_file_of_another_program_is_refused(tmp_path, reader, content):
 
 
 def test_weights_of_another_detector_fill_what_fits(tmp_path):
-    """RetinaNet from FCOS: backbone and neck fit; its deltas get nothing, distances are left over, scores differ."""
+    """RetinaNet from FCOS: backbone and neck fit;
+    its deltas get nothing, distances are left over, scores differ.
+    """
     file = tmp_path / "fcos.pt"
     fcos = save(file)
     model = models.build("retinanet", 3, "tiny", width=16, depth=1, extra=1)
     missing, left_over, shapes = models.load_weights(model, file)
-    assert missing == ["delta.weight", "delta.bias"] and shapes == ["score.weight", "score.bias"]
-    assert {name.split(".")[0] for name in left_over} == {"class_tower", "box_tower", "ltrb", "scale"}
+    assert missing == ["delta.weight", "delta.bias"]
+    assert shapes == ["score.weight", "score.bias"]
+    parts = {name.split(".")[0] for name in left_over}
+    assert parts == {"class_tower", "box_tower", "ltrb", "scale"}
     for name in ("backbone.stem.0.weight", "neck.output.0.bias", "class_tower.0.weight"):
         assert torch.equal(model.state_dict()[name], fcos.state_dict()[name])
 
@@ -575,12 +684,15 @@ def test_weights_of_another_detector_fill_what_fits(tmp_path):
 def test_weights_of_other_classes_fill_all_but_the_scores(tmp_path):
     save(tmp_path / "coco.pt", num_classes=80)
     model = models.build("fcos", 3, "tiny", width=16, depth=1, extra=1)
-    assert models.load_weights(model, tmp_path / "coco.pt") == ([], [], ["score.weight", "score.bias"])
+    answer = models.load_weights(model, tmp_path / "coco.pt")
+    assert answer == ([], [], ["score.weight", "score.bias"])
 
 
 @pytest.mark.parametrize("norm", ["frozen", "batch"])
 def test_a_torchvision_resnet_becomes_the_backbone(tmp_path, norm):
-    """From its state dict: the last map is what torchvision's own network averages and classifies."""
+    """From its state dict: the last map is what torchvision's own network
+    averages and classifies.
+    """
     reference = torchvision.models.resnet18(weights=None).eval()
     for module in reference.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -590,25 +702,31 @@ def test_a_torchvision_resnet_becomes_the_backbone(tmp_path, norm):
     backbone = models.ResNet("resnet18", norm).eval()
     models.load_backbone(backbone, tmp_path / "resnet18.pth")
     images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(reference.fc(backbone(images)[-1].mean((2, 3))), reference(images), atol=1e-4, rtol=1e-4)
+    answer = reference.fc(backbone(images)[-1].mean((2, 3)))
+    torch.testing.assert_close(answer, reference(images), atol=1e-4, rtol=1e-4)
 
 
 def test_a_trained_detector_lends_its_backbone(tmp_path):
     """From train.py's last.pt, head and neck left aside."""
     fcos, backbone = save(tmp_path / "last.pt"), models.Tiny()
     models.load_backbone(backbone, tmp_path / "last.pt")
-    assert all(torch.equal(value, fcos.backbone.state_dict()[name]) for name, value in backbone.state_dict().items())
+    trained = fcos.backbone.state_dict()
+    assert all(torch.equal(x, trained[name]) for name, x in backbone.state_dict().items())
 
 
 def test_the_wrong_backbone_is_refused(tmp_path):
-    """ResNet34 weights for a ResNet18, a ResNet's for the tiny one, and the other way round: nothing is loaded."""
+    """ResNet34 weights for a ResNet18, a ResNet's for the tiny one, and the other way round:
+    nothing is loaded.
+    """
     torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "resnet34.pth")
     save(tmp_path / "last.pt")
-    for file, backbone in [("resnet34.pth", models.ResNet("resnet18")), ("resnet34.pth", models.Tiny()),
+    for file, backbone in [("resnet34.pth", models.ResNet("resnet18")),
+                           ("resnet34.pth", models.Tiny()),
                            ("last.pt", models.ResNet("resnet18"))]:
         before = {name: value.clone() for name, value in backbone.state_dict().items()}
         with pytest.raises(CheckpointError, match=f"{file}: not the weights of this backbone"):
             models.load_backbone(backbone, tmp_path / file)
-        assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+        assert all(torch.equal(x, before[name]) for name, x in backbone.state_dict().items())
+
     with pytest.raises(CheckpointError, match="imagenet: there are none for the tiny backbone"):
         models.load_backbone(models.Tiny(), "imagenet")
