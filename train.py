@@ -39,6 +39,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import annotations
 import assign
 import data
 import evaluate
@@ -482,13 +483,13 @@ def train(flags, checkpoint, strategy, rank, world, device):
         dist.barrier()                                               # process 0 draws the pictures, and reads their sizes, first
     train_files, val_files = data.locate(flags, "train"), data.locate(flags, "val")
     cache = Path(flags["out"]).parent / "sizes-crowdhuman.json" if flags["data"] == "crowdhuman" else None
-    train_set, val_set = (data.read_annotations(*files, flags["drop_bad_boxes"], cache) for files in (train_files, val_files))
+    train_set, val_set = (annotations.read_annotations(*files, flags["drop_bad_boxes"], cache) for files in (train_files, val_files))
     if main_process and world > 1:
         dist.barrier()
     if not (~train_set.crowd).any():
-        raise data.DataError(f"{train_files[0]}: holds no boxes to learn from")
+        raise annotations.DataError(f"{train_files[0]}: holds no boxes to learn from")
     if train_set.class_names != val_set.class_names:
-        raise data.DataError(f"{val_files[0]}: its classes {val_set.class_names} are not those of {train_files[0]}: {train_set.class_names}")
+        raise annotations.DataError(f"{val_files[0]}: its classes {val_set.class_names} are not those of {train_files[0]}: {train_set.class_names}")
 
     test_transform = {"shortest": [flags["test_size"]] if flags["test_size"] else [], "longest": flags["test_longest"], "round_down": flags["round_down"]}
     transform = data.Transform(flags["train_sizes"], flags["train_longest"], flags["flip"], flags["crop"], flags["round_down"], square=flags["square"], colours=flags["colours"])
@@ -702,7 +703,7 @@ def main(argv=None):
         if rank == 0:
             print(f"train.py: {message or 'interrupted before the first step'}", file=sys.stderr)
         sys.exit(130)
-    except (UsageError, TrainingStopped, data.DataError, assign.AssignError, models.CheckpointError, OSError) as error:
+    except (UsageError, TrainingStopped, annotations.DataError, assign.AssignError, models.CheckpointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     finally:

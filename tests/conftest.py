@@ -38,7 +38,7 @@ def tiny_scenes(tmp_path_factory):
 def command(monkeypatch, capsys):
     """Runs a file's command line in this process.
 
-    command(data, "check", ...) gives exit code, standard output and standard error.
+    command(annotations, "check", ...) gives exit code, standard output and standard error.
     """
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])

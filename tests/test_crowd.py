@@ -13,20 +13,17 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torchvision.ops import box_iou, nms
 
-import data
+import annotations
+import crowd
 import evaluate
 import scenes
 import train
+from test_annotations import GOOD, draw_crowd_pictures, write_lines
 from test_parity import reference
 
 
-def write_lines(file, records):
-    file.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
-    return file
-
-
 @pytest.fixture(scope="module")
-def crowd(tmp_path_factory):
+def crowd_files(tmp_path_factory):
     """A small crowd data set: 12 pictures to train on, 5 to evaluate."""
     return scenes.write_crowd(tmp_path_factory.mktemp("crowd"), seed=0, counts={"train": 12, "val": 5})
 
@@ -78,7 +75,7 @@ BOXES = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1
 @settings(max_examples=100)
 @given(BOXES, BOXES, BOXES)
 def test_matching_agrees_with_a_slow_loop(persons, ignored, boxes):
-    hits, counts = evaluate.match_crowd(evaluate.overlaps(boxes, persons)[0], evaluate.overlaps(boxes, ignored)[1])
+    hits, counts = crowd.match_crowd(crowd.overlaps(boxes, persons)[0], crowd.overlaps(boxes, ignored)[1])
     ours = ["hit" if hit else "miss" if count else "none" for hit, count in zip(hits, counts)]
     assert ours == slow_match(persons, ignored, boxes)
 
@@ -86,7 +83,7 @@ def test_matching_agrees_with_a_slow_loop(persons, ignored, boxes):
 @settings(max_examples=50)
 @given(BOXES, BOXES)
 def test_overlaps_are_torchvisions(a, b):
-    assert np.allclose(evaluate.overlaps(a, b)[0], box_iou(torch.from_numpy(a), torch.from_numpy(b)).numpy().reshape(len(a), len(b)), atol=1e-5)
+    assert np.allclose(crowd.overlaps(a, b)[0], box_iou(torch.from_numpy(a), torch.from_numpy(b)).numpy().reshape(len(a), len(b)), atol=1e-5)
 
 
 def picture(persons, ignored=()):
@@ -104,7 +101,7 @@ def test_hand_made_figures():
     reached by the second detection, where half is missed.
     """
     one, other, nowhere = (0, 0, 50, 100), (100, 0, 150, 100), (0, 150, 40, 190)
-    ours = evaluate.crowd_metrics(picture([one, other]), found((one, 0.9), (nowhere, 0.8), (other, 0.7)))
+    ours = crowd.crowd_metrics(picture([one, other]), found((one, 0.9), (nowhere, 0.8), (other, 0.7)))
     assert ours["AP50"] == pytest.approx(100 * (1 / 2 + 2 / 3) / 2 / 2, abs=1e-3)
     assert ours["mMR"] == pytest.approx(50, abs=1e-3) and ours["recall"] == 100
     assert ours["JI"] == pytest.approx(100 * 2 / 3, abs=1e-3)                # 2 pairs among 2 persons and 3 detections
@@ -112,8 +109,8 @@ def test_hand_made_figures():
 
 def test_a_second_detection_of_a_person_is_false_and_one_in_an_ignore_region_does_not_count():
     one, region = (0, 0, 50, 100), (100, 100, 200, 200)
-    twice = evaluate.crowd_metrics(picture([one], [region]), found((one, 0.9), (one, 0.9), ((110, 110, 150, 150), 0.95)))
-    assert twice == evaluate.crowd_metrics(picture([one], [region]), found((one, 0.9), (one, 0.9)))
+    twice = crowd.crowd_metrics(picture([one], [region]), found((one, 0.9), (one, 0.9), ((110, 110, 150, 150), 0.95)))
+    assert twice == crowd.crowd_metrics(picture([one], [region]), found((one, 0.9), (one, 0.9)))
     assert twice["recall"] == 100 and twice["JI"] == pytest.approx(50, abs=1e-3)       # no score threshold parts the two
 
 
@@ -123,7 +120,7 @@ def test_a_second_detection_of_a_person_is_false_and_one_in_an_ignore_region_doe
     ([(0, 0, 50, 100)], [], {"AP50": 0, "mMR": 100, "recall": 0, "JI": 0}),
     ([(0, 0, 50, 100)], [((0, 0, 50, 100), 0.9)], {"AP50": 0, "mMR": 0, "recall": 100, "JI": 100})])     # no trapezoid in one point; no miss: no log
 def test_pictures_without_people_or_detections_and_a_miss_rate_of_zero(persons, detections, expected):
-    ours = evaluate.crowd_metrics(picture(persons), found(*detections))
+    ours = crowd.crowd_metrics(picture(persons), found(*detections))
     assert {k: round(v, 3) for k, v in ours.items()} == expected and all(math.isfinite(v) for v in ours.values())
 
 
@@ -131,9 +128,9 @@ def test_a_picture_of_ignore_regions_only_changes_the_fppi_and_nothing_else():
     """False positives per picture 1 and 2 of one picture, 1/2 and 1 of two: the log-average looks at other points of the curve."""
     one, other, nowhere = (0, 0, 50, 100), (100, 0, 150, 100), (0, 150, 40, 190)
     detections = found((nowhere, 0.95), (one, 0.9), ((50, 150, 90, 190), 0.8), (other, 0.7))
-    alone = evaluate.crowd_metrics(picture([one, other]), detections)
+    alone = crowd.crowd_metrics(picture([one, other]), detections)
     pictures = {**picture([one, other]), "b": (np.zeros((0, 4)), np.array([[0, 0, 200, 200.0]]), 200, 200)}
-    both = evaluate.crowd_metrics(pictures, {**detections, "b": np.array([[10, 10, 50, 50, 0.99]])})
+    both = crowd.crowd_metrics(pictures, {**detections, "b": np.array([[10, 10, 50, 50, 0.99]])})
     assert {k: v for k, v in both.items() if k not in ("mMR", "JI")} == {k: v for k, v in alone.items() if k not in ("mMR", "JI")}
     # misses before and behind the detections: 1 1/2 1/2 0.  Two pictures reach FPPI 0.5623 with the second false positive only
     assert alone["mMR"] == pytest.approx(100, abs=1e-3)                      # every reference is reached by the first detection
@@ -143,87 +140,17 @@ def test_a_picture_of_ignore_regions_only_changes_the_fppi_and_nothing_else():
 def test_only_the_best_500_detections_of_a_picture_count():
     one = (0, 0, 50, 100)
     boxes = [((150, 150, 160, 160), 0.9 - n / 1000) for n in range(500)] + [(one, 0.1)]
-    assert evaluate.crowd_metrics(picture([one]), found(*boxes))["recall"] == 0
-    assert evaluate.crowd_metrics(picture([one]), found(*boxes), max_dets=501)["recall"] == 100
+    assert crowd.crowd_metrics(picture([one]), found(*boxes))["recall"] == 0
+    assert crowd.crowd_metrics(picture([one]), found(*boxes), max_dets=501)["recall"] == 100
 
 
 # ------------------------------------------------------------------------------------------------
-# reading
+# result files
 # ------------------------------------------------------------------------------------------------
-
-def person(x, y, w, h, **extra):
-    return {"tag": "person", "fbox": [x, y, w, h], "vbox": [x, y, w, h], "hbox": [x, y, 5, 5], "head_attr": {}, "extra": extra}
-
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "Images").mkdir()
-    for name in ("a.jpg", "b.png"):
-        Image.new("RGB", (80, 60)).save(tmp_path / "Images" / name)
-    return tmp_path
-
-
-GOOD = [{"ID": "a", "gtboxes": [person(-10, 5, 40, 80), person(30, 5, 20, 40, ignore=1), {**person(0, 0, 30, 20), "tag": "mask", "extra": {"ignore": 1}}]},
-        {"ID": "b", "gtboxes": []}]
-
-
-def test_full_boxes_are_clipped_and_ignored_ones_never_targets(folder):
-    a = data.read_annotations(write_lines(folder / "f.odgt", GOOD), folder / "Images")
-    assert a.image_ids == ["a", "b"] and a.file_names == ["a.jpg", "b.png"] and a.sizes.tolist() == [[60, 80]] * 2
-    assert a.boxes.tolist() == [[0, 5, 30, 60], [30, 5, 50, 45], [0, 0, 30, 20]]
-    assert a.crowd.tolist() == [False, True, True] and a.first.tolist() == [0, 3, 3]
-    _, target = data.Pictures(a, data.Transform((60,), 80))[0, 0]
-    assert target["boxes"].tolist() == [[0, 5, 30, 60]] and len(target["ignore"]) == 2
-
-
-def test_a_line_in_the_published_shape_is_read_as_six_persons_and_a_mask(tmp_path):
-    """The fields, the ID with a comma and the mask of CrowdHuman's own lines; the boxes are invented."""
-    line = {"ID": "283554,35288000868e92d4", "gtboxes": [person(100 * n, 10, 90, 300, box_id=n, occ=1) for n in range(6)]
-            + [{"tag": "mask", "hbox": [5, 5, 9, 9], "head_attr": {}, "fbox": [5, 5, 90, 90], "vbox": [5, 5, 9, 9], "extra": {"ignore": 1}}]}
-    (tmp_path / "Images").mkdir()
-    Image.new("RGB", (700, 400)).save(tmp_path / "Images" / "283554,35288000868e92d4.jpg")
-    a = data.read_annotations(write_lines(tmp_path / "f.odgt", [line]), tmp_path / "Images")
-    assert a.crowd.tolist() == [False] * 6 + [True]
-
-
-def test_sizes_are_read_once_and_kept_outside_the_data_folder(folder, tmp_path_factory, monkeypatch):
-    cache = tmp_path_factory.mktemp("out") / "sizes.json"
-    file = write_lines(folder / "f.odgt", GOOD)
-    before = sorted(folder.rglob("*"))
-    first = data.read_annotations(file, folder / "Images", cache=cache)
-    assert json.loads(cache.read_text())["sizes"] == {"a": [60, 80], "b": [60, 80]}
-    monkeypatch.setattr(data, "picture_size", lambda path: pytest.fail("opened again"))
-    again = data.read_annotations(file, folder / "Images", cache=cache)
-    assert torch.equal(first.sizes, again.sizes) and sorted(folder.rglob("*")) == before
-    monkeypatch.undo()
-    for broken in ("{ broken", "[1]", '{"a": 5}', json.dumps({"images": str((folder / "Images").resolve()), "sizes": {"a": 5}})):
-        cache.write_text(broken)
-        assert data.read_annotations(file, folder / "Images", cache=cache).sizes.tolist() == [[60, 80]] * 2
-    (folder / "smaller").mkdir()                                             # the same IDs in another folder
-    for name in ("a.jpg", "b.png"):
-        Image.new("RGB", (40, 30)).save(folder / "smaller" / name)
-    assert data.read_annotations(file, folder / "smaller", cache=cache).sizes.tolist() == [[30, 40]] * 2
-
-
-FAULTS = {"broken line": "{", "missing field": {"gtboxes": []}, "duplicate ID": GOOD[0], "missing picture": {"ID": "c", "gtboxes": []},
-          "unknown tag": {"ID": "b", "gtboxes": [{**person(1, 1, 9, 9), "tag": "dog"}]},
-          "box is not four finite numbers": {"ID": "b", "gtboxes": [person(1, float("nan"), 9, 9)]},
-          "box without extent in the picture": {"ID": "b", "gtboxes": [person(200, 1, 9, 9)]}}
-
-
-@pytest.mark.parametrize("kind", FAULTS)
-def test_every_fault_is_told_by_line_and_counted_by_the_check(folder, command, kind):
-    file = write_lines(folder / "f.odgt", [GOOD[0], FAULTS[kind]])
-    with pytest.raises(data.DataError, match="line 2"):
-        data.read_annotations(file, folder / "Images")
-    code, out, _ = command(data, "check", "--json", file, "--images", folder / "Images")
-    assert code == 1 and f"  {kind}: 1" in out and "line 2" in out
-
-
-def test_an_ignored_box_outside_the_picture_is_no_fault(folder):
-    """The published masks often stick out."""
-    file = write_lines(folder / "f.odgt", [{"ID": "a", "gtboxes": [person(200, 1, 9, 9, ignore=1), person(1, 1, 9, 9)]}])
-    assert data.read_annotations(file, folder / "Images").crowd.tolist() == [False]
+    return draw_crowd_pictures(tmp_path)
 
 
 @pytest.mark.parametrize("line, words", [("{", "line 1"), ({"ID": "a"}, "dtboxes"), ({"ID": "x", "dtboxes": []}, "'x'"), ({"ID": "../a", "dtboxes": []}, "ID"),
@@ -255,17 +182,17 @@ def test_sizes_may_come_from_the_ground_truth_the_results_or_the_pictures(folder
 # the embedded crowds
 # ------------------------------------------------------------------------------------------------
 
-def test_the_same_seed_gives_the_same_crowd(crowd, tmp_path):
+def test_the_same_seed_gives_the_same_crowd(crowd_files, tmp_path):
     again = scenes.write_crowd(tmp_path / "again", seed=0, counts={"train": 2, "val": 1})
     for name in ("train-00000.png", "train-00001.png", "val-00000.png"):
-        assert (crowd / "Images" / name).read_bytes() == (again / "Images" / name).read_bytes()
-    assert (again / "annotation_train.odgt").read_text().splitlines() == (crowd / "annotation_train.odgt").read_text().splitlines()[:2]
+        assert (crowd_files / "Images" / name).read_bytes() == (again / "Images" / name).read_bytes()
+    assert (again / "annotation_train.odgt").read_text().splitlines() == (crowd_files / "annotation_train.odgt").read_text().splitlines()[:2]
 
 
-def test_crowds_are_crowds(crowd):
+def test_crowds_are_crowds(crowd_files):
     """10 to 30 persons, heads and visible parts inside their boxes, up to two ignore regions; and the reader finds no fault."""
     counts, regions, hidden = [], [], []
-    for line in (crowd / "annotation_train.odgt").read_text().splitlines():
+    for line in (crowd_files / "annotation_train.odgt").read_text().splitlines():
         boxes = json.loads(line)["gtboxes"]
         people = [b for b in boxes if b["tag"] == "person"]
         counts.append(len(people))
@@ -280,7 +207,7 @@ def test_crowds_are_crowds(crowd):
                 assert x - 1 <= part[0] and y - 1 <= part[1] and part[0] + part[2] <= x + w + 1 and part[1] + part[3] <= y + h + 1
     assert 0.4 < np.mean(hidden) < 0.99
     assert 10 <= min(counts) and max(counts) <= 31 and np.mean(counts) > 15 and 0 <= min(regions) and max(regions) == 2
-    assert data.check(crowd / "annotation_train.odgt", crowd / "Images") == 0
+    assert annotations.check(crowd_files / "annotation_train.odgt", crowd_files / "Images") == 0
 
 
 def test_nms_keeps_95_percent_of_the_annotation_boxes():
@@ -293,9 +220,9 @@ def test_nms_keeps_95_percent_of_the_annotation_boxes():
     assert 0.94 < kept / total < 0.96
 
 
-def test_a_crowd_trains_and_leaves_its_figures(crowd, tmp_path, command):
-    custom = {"train-json": crowd / "annotation_train.odgt", "train-images": crowd / "Images", "val-json": crowd / "annotation_val.odgt",
-              "val-images": crowd / "Images", "train-sizes": 96, "train-longest": 96, "test-size": 96, "test-longest": 96}
+def test_a_crowd_trains_and_leaves_its_figures(crowd_files, tmp_path, command):
+    custom = {"train-json": crowd_files / "annotation_train.odgt", "train-images": crowd_files / "Images", "val-json": crowd_files / "annotation_val.odgt",
+              "val-images": crowd_files / "Images", "train-sizes": 96, "train-longest": 96, "test-size": 96, "test-longest": 96}
     flags = [part for name, value in custom.items() for part in (f"--{name}", str(value))]
     train.main(["--data", "custom", *flags, "--steps", "2", "--batch-size", "4", "--width", "16", "--depth", "1", "--device", "cpu", "--precision", "fp32",
                 "--max-dets", "500", "--out", str(tmp_path / "run")])
@@ -305,5 +232,5 @@ def test_a_crowd_trains_and_leaves_its_figures(crowd, tmp_path, command):
     code, out, err = command(evaluate, "--weights", tmp_path / "run" / "last.pt", "--device", "cpu", "--out", tmp_path / "again")
     assert code == 0 and "mMR" in out, err
     assert json.loads((tmp_path / "again" / "metrics.json").read_text()) == figures
-    code, out, _ = command(evaluate, "annotations", "--data", "custom", "--val-json", crowd / "annotation_val.odgt", "--val-images", crowd / "Images")
+    code, out, _ = command(evaluate, "annotations", "--data", "custom", "--val-json", crowd_files / "annotation_val.odgt", "--val-images", crowd_files / "Images")
     assert code == 0 and out.count("NMS at IoU") == 7

@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import batched_nms, box_iou
 
+import annotations
 import data
 import evaluate
 import models
@@ -170,9 +171,9 @@ def test_the_summary_line_holds_the_two_columns_and_their_difference():
 
 def test_a_detector_that_knows_the_answers_scores_100_through_resizing_and_batching(tiny_scenes, tmp_path):
     """Its boxes come in pixels of the resized pictures, its classes as 0 ... C-1; "nms" here forgets everything."""
-    annotations = data.read_annotations(tiny_scenes / "val.json", tiny_scenes / "val")
-    pictures = data.Pictures(annotations, data.Transform(shortest=(96,)))
-    answers = iter([pictures[key][1] for batch in data.evaluation_batches(annotations, 3) for key in batch])
+    truth_set = annotations.read_annotations(tiny_scenes / "val.json", tiny_scenes / "val")
+    pictures = data.Pictures(truth_set, data.Transform(shortest=(96,)))
+    answers = iter([pictures[key][1] for batch in data.evaluation_batches(truth_set, 3) for key in batch])
     model = models.build("fcos", 6, "tiny", width=16, depth=1, extra=0).train()
 
     def knows(prediction, n, k):
@@ -202,9 +203,9 @@ def checkpoint(folder, class_names):
 def test_dropped_boxes_are_no_missed_objects_in_evaluation(tiny_scenes, tmp_path, monkeypatch, command):
     """With --drop-bad-boxes a detector that finds every good box scores 100, whatever the file's other boxes are."""
     record = json.loads((tiny_scenes / "val.json").read_text())
-    annotations = data.read_annotations(tiny_scenes / "val.json", tiny_scenes / "val")
-    pictures = data.Pictures(annotations, data.Transform(shortest=(128,)))
-    answers = iter([pictures[key][1] for batch in data.evaluation_batches(annotations, 16) for key in batch])
+    truth_set = annotations.read_annotations(tiny_scenes / "val.json", tiny_scenes / "val")
+    pictures = data.Pictures(truth_set, data.Transform(shortest=(128,)))
+    answers = iter([pictures[key][1] for batch in data.evaluation_batches(truth_set, 16) for key in batch])
     record["annotations"] += [{"id": 1000 + n, "image_id": 1, "category_id": 1, "bbox": box, "iscrowd": 0}
                               for n, box in enumerate([None, [5, 5, float("nan"), 5], [5, 5, 0, 9], [200, 5, 9, 9]])]
     (tmp_path / "val.json").write_text(json.dumps(record))
@@ -215,7 +216,7 @@ def test_dropped_boxes_are_no_missed_objects_in_evaluation(tiny_scenes, tmp_path
         return {"plain": found, "nms": found}
 
     monkeypatch.setattr(models.FCOS, "detections", knows)
-    code, _, err = command(evaluate, "--weights", checkpoint(tmp_path, annotations.class_names),
+    code, _, err = command(evaluate, "--weights", checkpoint(tmp_path, truth_set.class_names),
                            "--data", "custom", "--val-json", tmp_path / "val.json", "--val-images", tiny_scenes / "val",
                            "--drop-bad-boxes", "--device", "cpu", "--out", tmp_path / "out")
     assert code == 0 and "dropped 4 bad box" in err
@@ -324,7 +325,7 @@ def test_whatever_stands_in_a_field_there_are_figures_or_a_sentence(tmp_path_fac
     (truth[place[1]] if place[0] == "gt" else found)[0][place[2]] = value
     try:
         ours = figures(tmp_path_factory.getbasetemp(), truth, found)
-    except data.DataError:
+    except annotations.DataError:
         return
     assert all(value == -1 or 0 <= value <= 100 for value in ours.values())
 

@@ -2,6 +2,7 @@
 import numpy as np
 from PIL import Image
 
+import annotations
 import data
 import figures
 
@@ -13,7 +14,7 @@ def drawn(size, box, label, name):
 
 
 def pictures(folder, split, size, longest):
-    annotations = data.read_annotations(folder / f"{split}.json", folder / split)
+    annotations = annotations.read_annotations(folder / f"{split}.json", folder / split)
     return data.Pictures(annotations, data.Transform(size, longest))
 
 
