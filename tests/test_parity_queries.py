@@ -1,6 +1,7 @@
-"""Number-by-number parity with the published DETR, Deformable DETR (three forms) and Sparse R-CNN: see test_parity.py.
+"""Number-by-number parity with the published DETR, Deformable DETR (three forms) and Sparse R-CNN.
 
-The reference was made with DETR (commit 29901c51), Deformable DETR (11169a60) and Sparse R-CNN (0e5028da), dropout 0.
+See test_parity.py.  The reference was made with DETR (commit 29901c51), Deformable DETR (11169a60)
+and Sparse R-CNN (0e5028da), dropout 0.
 """
 import pytest
 import torch
@@ -14,46 +15,59 @@ import models
 import train
 from test_parity import close, reference, value
 
-NAMES = ("detr_r50", "deformable_detr_r50", "deformable_detr_r50_refine", "deformable_detr_r50_two_stage", "sparse_rcnn_r50")
+NAMES = ("detr_r50", "deformable_detr_r50", "deformable_detr_r50_refine",
+         "deformable_detr_r50_two_stage", "sparse_rcnn_r50")
 
 
 class Published:
-    """One published model under our roof: the reference figures, and our model with the same weights.
+    """One published model under our roof:
+    the reference figures, and our model with the same weights.
 
-    The DETR family's published classifiers have outputs for all ids up to 90, convert.py keeps COCO's 80.  `model` is converted;
-    `every` has the outputs of all ids, so that scores, matches and losses can be compared whole.
+    The DETR family's published classifiers have outputs for all ids up to 90, convert.py keeps
+    COCO's 80.  `model` is converted; `every` has the outputs of all ids, so that scores, matches
+    and losses can be compared whole.
     """
 
     def __init__(self, name):
         self.name, self.expected = name, reference()[name]
         shapes, aliases = self.expected["shapes"], self.expected["aliases"]
-        weights = {key: value(aliases.get(key, key), shape, shapes) for key, shape in shapes.items()}
+        weights = {key: value(aliases.get(key, key), shape, shapes)
+                   for key, shape in shapes.items()}
         _, checkpoint = convert.convert(weights)
         build, self.sparse = checkpoint["build"], name.startswith("sparse")
-        build.setdefault("queries", 100)                     # two-stage files do not say; the reference has 100
+        # two-stage files do not say; the reference has 100
+        build.setdefault("queries", 100)
         if not self.sparse:
             build["dropout"] = 0.0
         self.model = models.from_checkpoint(checkpoint, name).eval()
+
         self.every, self.names = self.model, {}
         if not self.sparse:
             self.every = models.build(**{**build, "num_classes": 91}).eval()
-            scores = {key.replace("class_embed", "score"): w for key, w in weights.items() if key.startswith("class_embed")}
+            scores = {key.replace("class_embed", "score"): w for key, w in weights.items()
+                      if key.startswith("class_embed")}
             own = self.every.state_dict()
-            self.every.load_state_dict({**checkpoint["model"], **{k: w for k, w in scores.items() if k in own}})
+            scores = {key: w for key, w in scores.items() if key in own}
+            self.every.load_state_dict({**checkpoint["model"], **scores})
+
         # DETR pads to the largest picture, the others to a multiple of 32
         samples = [(image, {}) for image in reference()["images"]]
         self.images, self.mask, _ = data.collate(samples, divisor=32 if self.sparse else 1)
         self.prediction = self.every(self.images, self.mask)
-        self.scale = torch.tensor([[w, h, w, h] for _, h, w in (image.shape for image in reference()["images"])])[:, None]
+        sizes = [image.shape[1:] for image in reference()["images"]]
+        self.scale = torch.tensor([[w, h, w, h] for h, w in sizes])[:, None]
 
     def layers(self):
         aux = self.prediction.aux
-        return dict(zip(["aux0", "aux1", "aux2", "aux3", "aux4", "last", "enc"], [*aux[:5], self.prediction, *aux[5:]]))
+        names = ["aux0", "aux1", "aux2", "aux3", "aux4", "last", "enc"]
+        return dict(zip(names, [*aux[:5], self.prediction, *aux[5:]]))
 
     def targets(self, which):
         """The reference's labels; the DETR family counts from 1."""
-        return [{**target, "labels": target["labels"] + (not self.sparse), "size": torch.tensor(image.shape[1:]), "image_id": n}
-                for n, (target, image) in enumerate(zip(reference()["targets"][which], reference()["images"]))]
+        pairs = zip(reference()["targets"][which], reference()["images"])
+        return [{**target, "labels": target["labels"] + (not self.sparse),
+                 "size": torch.tensor(image.shape[1:]), "image_id": n}
+                for n, (target, image) in enumerate(pairs)]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -62,7 +76,8 @@ def published(request):
 
 
 def test_every_layers_outputs_are_those_of_the_published_code(published):
-    expected = dict(zip(["aux0", "aux1", "aux2", "aux3", "aux4", "last"], published.expected["layers"]))
+    names = ["aux0", "aux1", "aux2", "aux3", "aux4", "last"]
+    expected = dict(zip(names, published.expected["layers"]))
     if "enc" in published.expected:
         expected["enc"] = published.expected["enc"]
     layers = published.layers()
@@ -70,7 +85,8 @@ def test_every_layers_outputs_are_those_of_the_published_code(published):
     for name, sample in expected.items():
         close(layers[name].logits, sample["logits"])
         boxes = layers[name].boxes
-        if published.sparse:                                 # pixels, up to a few hundred
+        # Sparse R-CNN's are pixels, up to a few hundred
+        if published.sparse:
             close(boxes, sample["boxes"])
         else:
             close(box_convert(boxes / published.scale, "xyxy", "cxcywh"), sample["boxes"], 2e-5)
@@ -82,8 +98,10 @@ def test_the_converted_model_has_the_outputs_of_cocos_80_classes(published):
     kept = list(range(80)) if published.sparse else convert.COCO_IDS + [91] * ours.softmax
     assert (ours.boxes - published.prediction.boxes).abs().max() < 1e-3
     assert (ours.logits - published.prediction.logits[..., kept]).abs().max() < 1e-4
-    if "two_stage" in published.name:                        # the proposals' score is output 0, "an object"
-        assert (ours.aux[-1].logits[..., 0] - published.layers()["enc"].logits[..., 0]).abs().max() < 1e-4
+    # the proposals' score is output 0, "an object"
+    if "two_stage" in published.name:
+        proposals = published.layers()["enc"]
+        assert (ours.aux[-1].logits[..., 0] - proposals.logits[..., 0]).abs().max() < 1e-4
 
 
 def test_the_detections_are_those_of_the_published_code(published):
@@ -91,45 +109,67 @@ def test_the_detections_are_those_of_the_published_code(published):
     for n in (0, 1):
         expected = {k: torch.as_tensor(v) for k, v in published.expected["detections"][n].items()}
         h, w = reference()["original_sizes"][n]
-        target = {"size": torch.tensor(reference()["images"][n].shape[1:]), "original_size": torch.tensor([h, w])}
+        target = {"size": torch.tensor(reference()["images"][n].shape[1:]),
+                  "original_size": torch.tensor([h, w])}
         with torch.no_grad():
-            boxes, scores, labels = models.to_original(published.every.detections(published.prediction, n, 100)["plain"], target)
+            found = published.every.detections(published.prediction, n, 100)["plain"]
+            boxes, scores, labels = models.to_original(found, target)
+
         clipped = expected["boxes"].clamp(min=0).minimum(torch.tensor([w, h, w, h]))
         kept = (clipped[:, 2:] > clipped[:, :2]).all(1)
         order = expected["scores"][kept].argsort(descending=True, stable=True)
         assert len(scores) == len(order) > 50
         assert (scores - expected["scores"][kept][order]).abs().max() < 1e-5
-        for box, score, label in zip(clipped[kept], expected["scores"][kept], expected["labels"][kept]):
+        every = zip(clipped[kept], expected["scores"][kept], expected["labels"][kept])
+        for box, score, label in every:
             same = (labels == label) & ((scores - score).abs() < 2e-5)
             assert (boxes[same] - box).abs().amax(1).min() < 5e-3
 
 
 def test_matches_losses_and_gradients_of_every_layer(published):
-    flags = {"detector": "detr" if published.name == "detr_r50" else "deformable-detr", "assign": "hungarian", "location_cost": "predicted",
-             "class_cost": 1.0 if published.name == "detr_r50" else 2.0}
+    detr = published.name == "detr_r50"
+    flags = {"detector": "detr" if detr else "deformable-detr", "assign": "hungarian",
+             "location_cost": "predicted", "class_cost": 1.0 if detr else 2.0}
     cost, layers = train.make_cost(published.every, flags), published.layers()
     for which in ("t0", "t1", "t2", "t3"):
         targets = published.targets(which)
-        expected = {k.removeprefix(which + "/"): v for k, v in published.expected["train"].items() if k.startswith(which + "/")}
+        expected = {k.removeprefix(which + "/"): v for k, v in published.expected["train"].items()
+                    if k.startswith(which + "/")}
         num_objects = max(1, sum(len(t["boxes"]) for t in targets))
         matches = assign.match(published.prediction, targets, cost, assign.hungarian)
-        own = dict(zip([name for name in layers if name != "last"], matches[1:]), last=matches[0])
+        inner = [name for name in layers if name != "last"]
+        own = dict(zip(inner, matches[1:]), last=matches[0])
+
         released = {}
         for name, layer in layers.items():
             released[name] = []
             for n, ours in enumerate(own[name]):
-                theirs = [torch.tensor(expected.get(f"match/{name}/{n}/{part}", []), dtype=torch.long) for part in ("src", "tgt")]
-                released[name].append(assign.Match(*theirs, theirs[0][:0]))
-                assert len(ours.prediction) == len(theirs[0]) == len(targets[n]["boxes"])
-                if len(theirs[0]) and expected[f"match/{name}/{n}/gap"] > 1e-4:
-                    assert torch.equal(ours.prediction, theirs[0]) and torch.equal(ours.object, theirs[1]), (which, name, n)
-            alone = models.Prediction(layer.logits, layer.boxes, softmax=layer.softmax, centre_l1=layer.centre_l1, class_agnostic=layer.class_agnostic)
+                their_prediction, their_object = (
+                    torch.tensor(expected.get(f"match/{name}/{n}/{part}", []), dtype=torch.long)
+                    for part in ("src", "tgt"))
+                released[name].append(
+                    assign.Match(their_prediction, their_object, their_prediction[:0]))
+                assert len(ours.prediction) == len(their_prediction) == len(targets[n]["boxes"])
+                # else the assignment is not unique up to rounding
+                if len(their_prediction) and expected[f"match/{name}/{n}/gap"] > 1e-4:
+                    assert torch.equal(ours.prediction, their_prediction), (which, name, n)
+                    assert torch.equal(ours.object, their_object), (which, name, n)
+
+            alone = models.Prediction(layer.logits, layer.boxes, softmax=layer.softmax,
+                                      centre_l1=layer.centre_l1,
+                                      class_agnostic=layer.class_agnostic)
             terms = losses.set_loss(alone, targets, [released[name]], num_objects)
             suffix = {"last": "", "enc": "_enc"}.get(name, f"_{name[-1]}")
-            for term, key, weight in (("class", "loss_ce", 1 if layer.softmax else 2), ("l1", "loss_bbox", 5), ("giou", "loss_giou", 2)):
-                theirs = float(expected[f"loss/{key}{suffix}"]) * (1 if published.sparse else weight)        # Sparse R-CNN's are weighted already
-                assert float(terms[term].detach()) == pytest.approx(theirs, rel=1e-4, abs=1e-5), (which, name, term)
-        total = losses.set_loss(published.prediction, targets, [released["last"], *[released[n] for n in layers if n != "last"]], num_objects)
+            for term, key, weight in [("class", "loss_ce", 1 if layer.softmax else 2),
+                                      ("l1", "loss_bbox", 5), ("giou", "loss_giou", 2)]:
+                # Sparse R-CNN's are weighted already
+                theirs = float(expected[f"loss/{key}{suffix}"])
+                theirs *= 1 if published.sparse else weight
+                assert float(terms[term].detach()) == pytest.approx(theirs, rel=1e-4, abs=1e-5), \
+                    (which, name, term)
+
+        each = [released["last"], *[released[name] for name in inner]]
+        total = losses.set_loss(published.prediction, targets, each, num_objects)
         total = sum(total.values())
         assert float(total.detach()) == pytest.approx(float(expected["total"]), rel=1e-4)
         if "gradient_norms" in expected:
@@ -139,8 +179,11 @@ def test_matches_losses_and_gradients_of_every_layer(published):
 
 
 def compare_gradients(p, expected):
-    """The norms of all gradients, largest first: every parameter's, whatever its name (one head in six copies counts once)."""
-    ours = sorted((float(x.grad.norm()) for x in p.every.parameters() if x.grad is not None and x.grad.norm() > 0), reverse=True)
+    """The norms of all gradients, largest first:
+    every parameter's, whatever its name (one head in six copies counts once).
+    """
+    ours = [float(x.grad.norm()) for x in p.every.parameters() if x.grad is not None]
+    ours = sorted((norm for norm in ours if norm > 0), reverse=True)
     theirs = sorted((v for v in expected.values() if v > 0), reverse=True)
     assert len(ours) == len(theirs) > 100
     for a, b in zip(ours, theirs):
@@ -148,8 +191,12 @@ def compare_gradients(p, expected):
 
 
 @pytest.mark.parametrize("detector, options, millions", [
-    ("detr", {}, 41_524_768), ("deformable-detr", {}, 40_069_665)])
+    ("detr", {}, 41_524_768),
+    ("deformable-detr", {}, 40_069_665),
+])
 def test_the_number_of_parameters_is_the_published_one(detector, options, millions):
-    """With the published number of outputs, 91 ids (DETR: and no object), and torchvision's ResNet-50 with its frozen norms counted as buffers."""
+    """With the published number of outputs, 91 ids (DETR: and no object),
+    and torchvision's ResNet-50 with its frozen norms counted as buffers.
+    """
     model = models.build(detector, 91, "resnet50", **options)
     assert sum(p.numel() for p in model.parameters()) == millions
