@@ -1,4 +1,6 @@
-"""The loop: it learns, continues exactly, is the same on one process or two, and stops with one clear sentence."""
+"""The loop: it learns, continues exactly, is the same on one process or two,
+and stops with one clear sentence.
+"""
 import csv
 import json
 import os
@@ -19,9 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def flags(folder, **more):
     """A run of seconds: 24 pictures in training, 7 in validation, a narrow FCOS."""
     base = {"data": "custom", "train-json": folder / "train.json", "train-images": folder / "train",
-            "val-json": folder / "val.json", "val-images": folder / "val", "backbone": "tiny", "width": 16, "depth": 1,
-            "extra-levels": 0, "steps": 8, "batch-size": 4, "train-sizes": 64, "train-longest": 64, "test-size": 64,
-            "test-longest": 64, "log-every": 1, "checkpoint-every": 4, "device": "cpu", "precision": "fp32", **more}
+            "val-json": folder / "val.json", "val-images": folder / "val",
+            "backbone": "tiny", "width": 16, "depth": 1, "extra-levels": 0,
+            "steps": 8, "batch-size": 4, "train-sizes": 64, "train-longest": 64,
+            "test-size": 64, "test-longest": 64, "log-every": 1, "checkpoint-every": 4,
+            "device": "cpu", "precision": "fp32", **more}
     return [part for name, value in base.items() for part in (f"--{name}", str(value))]
 
 
@@ -57,50 +61,90 @@ def fails(command):
     return run
 
 
+FILES = {"args.json", "log.csv", "eval.csv", "last.pt",
+         "detections.json", "metrics.json", "detections.png"}
+
+
 @pytest.mark.parametrize("detector", ["fcos", "retinanet", "centernet"])
-@pytest.mark.parametrize("row", [["--assign", "one-to-many"], ["--class-cost", "0", "--location-cost", "predefined"],
-                                 ["--location-cost", "predefined"], [], ["--assign", "min-cost"], ["--assign", "top-k"],
-                                 ["--assign", "one-to-many-iou"]],
-                         ids=["one-to-many", "location-only", "predefined", "predicted", "min-cost", "top-k", "iou"])
-def test_every_row_of_the_dense_half_of_tables_1_and_2_runs_and_leaves_its_files(tiny_scenes, tmp_path, detector, row):
+@pytest.mark.parametrize("row", [
+    ["--assign", "one-to-many"],
+    ["--class-cost", "0", "--location-cost", "predefined"],
+    ["--location-cost", "predefined"],
+    [],
+    ["--assign", "min-cost"],
+    ["--assign", "top-k"],
+    ["--assign", "one-to-many-iou"],
+], ids=["one-to-many", "location-only", "predefined", "predicted", "min-cost", "top-k", "iou"])
+def test_every_row_of_the_dense_half_of_tables_1_and_2_runs_and_leaves_its_files(
+        tiny_scenes, tmp_path, detector, row):
     out = tmp_path / "run"
     train.main(flags(tiny_scenes, detector=detector, steps=2, out=out) + row)
-    assert {"args.json", "log.csv", "eval.csv", "last.pt", "detections.json", "metrics.json", "detections.png"} <= set(os.listdir(out))
+    assert FILES <= set(os.listdir(out))
     losses = [float(row["loss"]) for row in rows(out / "log.csv")]
     assert len(losses) == 2 and all(0 < loss < 1e4 for loss in losses)
-    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "nms"} <= json.loads((out / "metrics.json").read_text()).keys()
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "nms"} <= metrics.keys()
 
-
-@pytest.mark.parametrize("detector, more", [("detr", []), ("deformable-detr", []), ("deformable-detr", ["--two-stage"]), ("deformable-detr", ["--no-refine"]),
-                                            ("sparse-rcnn", [])])
-@pytest.mark.parametrize("class_cost", [[], ["--class-cost", "0"]], ids=["predicted", "location-only"])
-def test_every_row_of_the_other_half_runs_and_leaves_its_files(tiny_scenes, tmp_path, detector, more, class_cost):
+@pytest.mark.parametrize("detector, more", [
+    ("detr", []),
+    ("deformable-detr", []),
+    ("deformable-detr", ["--two-stage"]),
+    ("deformable-detr", ["--no-refine"]),
+    ("sparse-rcnn", []),
+])
+@pytest.mark.parametrize("class_cost", [[], ["--class-cost", "0"]],
+                         ids=["predicted", "location-only"])
+def test_every_row_of_the_other_half_runs_and_leaves_its_files(
+        tiny_scenes, tmp_path, detector, more, class_cost):
     out = tmp_path / "run"
     small = {"width": 32, "layers": 2, "hidden": 32, "queries": 10, "accumulate": 2}
     train.main(flags(tiny_scenes, detector=detector, steps=2, out=out, **small) + more + class_cost)
-    assert {"args.json", "log.csv", "eval.csv", "last.pt", "detections.json", "metrics.json", "detections.png"} <= set(os.listdir(out))
+    assert FILES <= set(os.listdir(out))
     losses = [float(row["loss"]) for row in rows(out / "log.csv")]
     assert len(losses) == 2 and all(0 < loss < 1e4 for loss in losses)
-    assert json.loads((out / "args.json").read_text())["class_cost"] == (0 if class_cost else 1 if detector == "detr" else 2)
+    expected = 0 if class_cost else 1 if detector == "detr" else 2
+    assert json.loads((out / "args.json").read_text())["class_cost"] == expected
 
 
 def test_a_small_run_learns_what_an_untrained_network_cannot(tiny_scenes, tmp_path):
-    """24 pictures, learned by heart: the loss falls to a fraction and most of them are found again."""
+    """24 pictures, learned by heart:
+    the loss falls to a fraction and most of them are found again.
+    """
     out = tmp_path / "run"
-    by_heart = {"val-json": tiny_scenes / "train.json", "val-images": tiny_scenes / "train", "train-sizes": 128, "train-longest": 128,
-                "test-size": 128, "test-longest": 128, "width": 32, "batch-size": 8, "lr": 2e-3, "flip": 0}
-    train.main(flags(tiny_scenes, out=tmp_path / "untrained", **{**by_heart, "steps": 1, "lr": 1e-9}))
-    train.main(flags(tiny_scenes, out=out, **{**by_heart, "steps": 250, "checkpoint-every": 250}))
+    by_heart = {"val-json": tiny_scenes / "train.json", "val-images": tiny_scenes / "train",
+                "train-sizes": 128, "train-longest": 128, "test-size": 128, "test-longest": 128,
+                "width": 32, "batch-size": 8, "lr": 2e-3, "flip": 0}
+    once = {**by_heart, "steps": 1, "lr": 1e-9}
+    train.main(flags(tiny_scenes, out=tmp_path / "untrained", **once))
+    often = {**by_heart, "steps": 250, "checkpoint-every": 250}
+    train.main(flags(tiny_scenes, out=out, **often))
+
     log = [float(row["loss"]) for row in rows(out / "log.csv")]
     assert sum(log[-10:]) < 0.5 * sum(log[:10])
-    untrained, learned = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "untrained", out))
+    untrained, learned = (json.loads((folder / "metrics.json").read_text())
+                          for folder in (tmp_path / "untrained", out))
     assert untrained["AP50"] < 10 and learned["AP50"] > 60
 
 
-@pytest.mark.parametrize("detector, assign", [("fcos", "hungarian"), ("retinanet", "one-to-many"), ("centernet", "hungarian"), ("detr", "hungarian")])
-def test_a_run_that_is_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(tiny_scenes, tmp_path, monkeypatch, detector, assign):
-    """Killed in step 6, two steps after the last checkpoint, which a resume must not be able to notice."""
-    common = {"detector": detector, "assign": assign, **({"width": 32, "dropout": 0.1} if detector == "detr" else {})}
+def without_times(log):
+    """The rows of a log.csv but for what depends on the machine."""
+    drop = ("images_per_second", "seconds_waiting")
+    return [{k: v for k, v in row.items() if k not in drop} for row in rows(log)]
+
+
+@pytest.mark.parametrize("detector, assign", [
+    ("fcos", "hungarian"),
+    ("retinanet", "one-to-many"),
+    ("centernet", "hungarian"),
+    ("detr", "hungarian"),
+])
+def test_a_run_that_is_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(
+        tiny_scenes, tmp_path, monkeypatch, detector, assign):
+    """Killed in step 6, two steps after the last checkpoint,
+    which a resume must not be able to notice.
+    """
+    small = {"width": 32, "dropout": 0.1} if detector == "detr" else {}
+    common = {"detector": detector, "assign": assign, **small}
     train.main(flags(tiny_scenes, out=tmp_path / "whole", **common))
     calls, real = [], train.detection_loss
 
@@ -116,16 +160,17 @@ def test_a_run_that_is_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(ti
     monkeypatch.setattr(train, "detection_loss", real)
     assert weights(tmp_path / "parts")["step"] == 4
     train.main(["--resume", "--out", str(tmp_path / "parts")])
+
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for part in ("model", "optimizer", "step", "random", "buffers"):
         assert same(whole[part], parts[part]), part
-    drop = ("images_per_second", "seconds_waiting")
-    assert ([{k: v for k, v in row.items() if k not in drop} for row in rows(tmp_path / "whole" / "log.csv")]
-            == [{k: v for k, v in row.items() if k not in drop} for row in rows(tmp_path / "parts" / "log.csv")])
-    assert (tmp_path / "whole" / "metrics.json").read_text() == (tmp_path / "parts" / "metrics.json").read_text()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert without_times(whole / "log.csv") == without_times(parts / "log.csv")
+    assert (whole / "metrics.json").read_text() == (parts / "metrics.json").read_text()
 
 
-def test_ctrl_c_saves_the_step_it_reached_and_resume_goes_on_from_there(tiny_scenes, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_the_step_it_reached_and_resume_goes_on_from_there(
+        tiny_scenes, tmp_path, monkeypatch, capsys):
     real, calls = train.detection_loss, []
 
     def interrupt_in_step_3(*args):
@@ -148,14 +193,16 @@ def test_resume_refuses_changed_flags_by_name_and_touches_nothing(tiny_scenes, t
     out = tmp_path / "run"
     train.main(flags(tiny_scenes, steps=4, out=out))
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    fails(["--resume", "--out", str(out), "--lr", "0.5", "--class-cost", "0"], "--lr", "--class-cost", "0.5")
+    fails(["--resume", "--out", str(out), "--lr", "0.5", "--class-cost", "0"],
+          "--lr", "--class-cost", "0.5")
     assert before == {file.name: file.read_bytes() for file in out.iterdir()}
 
 
 def run_processes(count, arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "29517",
-               str(ROOT / "train.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
+               "--master-port", "29517", str(ROOT / "train.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -163,35 +210,50 @@ def run_processes(count, arguments):
 def descent(tmp_path):
     """Flags of plain gradient descent, where the change of the weights is the gradient.
 
-    The backbone's norms are frozen: batch norm's statistics would be those of each process's own share.
+    The backbone's norms are frozen:
+    batch norm's statistics would be those of each process's own share.
     """
     torch.manual_seed(0)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
-    return {"backbone": "resnet18", "backbone-weights": tmp_path / "resnet18.pth", "optimizer": "sgd", "momentum": 0, "weight-decay": 0,
+    return {"backbone": "resnet18", "backbone-weights": tmp_path / "resnet18.pth",
+            "optimizer": "sgd", "momentum": 0, "weight-decay": 0,
             "lr": 0.01, "schedule": "step", "clip-grad": 0, "steps": 2}
 
 
 @pytest.mark.parametrize("assign", ["hungarian", "one-to-many"])
-def test_two_processes_compute_the_losses_and_gradients_of_one(tiny_scenes, tmp_path, descent, assign):
+def test_two_processes_compute_the_losses_and_gradients_of_one(
+        tiny_scenes, tmp_path, descent, assign):
     """And evaluation of the 7 pictures, an odd number, counts each once: the same detections."""
     descent["assign"] = assign
     train.main(flags(tiny_scenes, out=tmp_path / "one", **descent))
     run_processes(2, flags(tiny_scenes, out=tmp_path / "two", **descent))
+
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in one["model"].items():
         torch.testing.assert_close(two["model"][name], value, rtol=0, atol=1e-6)
-    for a, b in zip(rows(tmp_path / "one" / "log.csv"), rows(tmp_path / "two" / "log.csv"), strict=True):
+
+    one, two = rows(tmp_path / "one" / "log.csv"), rows(tmp_path / "two" / "log.csv")
+    for a, b in zip(one, two, strict=True):
         assert float(a["gradient_norm"]) == pytest.approx(float(b["gradient_norm"]), rel=1e-5)
-        if assign == "hungarian":            # normalised over all processes, so that even the terms agree
+        # normalised over all processes, so that even the terms agree
+        if assign == "hungarian":
             assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+
     a, b = (json.loads((tmp_path / run / "detections.json").read_text()) for run in ("one", "two"))
     assert [d["image_id"] for d in a] == [d["image_id"] for d in b]
     assert [d["score"] for d in a] == pytest.approx([d["score"] for d in b], abs=1e-5)
 
 
-@pytest.mark.parametrize("detector, more", [("detr", []), ("deformable-detr", ["--two-stage"]), ("sparse-rcnn", []), ("centernet", [])])
+@pytest.mark.parametrize("detector, more", [
+    ("detr", []),
+    ("deformable-detr", ["--two-stage"]),
+    ("sparse-rcnn", []),
+    ("centernet", []),
+])
 def test_every_kind_of_detector_trains_in_two_processes(tiny_scenes, tmp_path, detector, more):
-    """No parameter may be left without a gradient, on which the processes would wait for each other in the second step."""
+    """No parameter may be left without a gradient,
+    on which the processes would wait for each other in the second step.
+    """
     small = {"width": 32, "layers": 2, "hidden": 32, "queries": 10, "steps": 3}
     run_processes(2, flags(tiny_scenes, out=tmp_path / "run", detector=detector, **small) + more)
     assert len(rows(tmp_path / "run" / "log.csv")) == 3
@@ -201,27 +263,34 @@ def test_micro_batches_add_up_to_the_same_step(tiny_scenes, tmp_path, descent):
     train.main(flags(tiny_scenes, out=tmp_path / "one", **descent))
     train.main(flags(tiny_scenes, out=tmp_path / "four", accumulate=4, **descent))
     for name, value in weights(tmp_path / "one")["model"].items():
-        torch.testing.assert_close(weights(tmp_path / "four")["model"][name], value, rtol=0, atol=1e-6)
+        four = weights(tmp_path / "four")["model"][name]
+        torch.testing.assert_close(four, value, rtol=0, atol=1e-6)
 
 
-def test_the_checkpoint_alone_gives_the_same_figures_again(tiny_scenes, tmp_path, monkeypatch, capsys):
-    train.main(flags(tiny_scenes, steps=4, out=tmp_path / "run"))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--weights", str(tmp_path / "run" / "last.pt"), "--out", str(tmp_path / "again")])
+def test_the_checkpoint_alone_gives_the_same_figures_again(
+        tiny_scenes, tmp_path, monkeypatch, capsys):
+    run, again = tmp_path / "run", tmp_path / "again"
+    train.main(flags(tiny_scenes, steps=4, out=run))
+    command = ["evaluate.py", "--weights", str(run / "last.pt"), "--out", str(again)]
+    monkeypatch.setattr(sys, "argv", command)
     evaluate.main()
-    assert (tmp_path / "again" / "metrics.json").read_text() == (tmp_path / "run" / "metrics.json").read_text()
-    assert (tmp_path / "again" / "detections.json").read_text() == (tmp_path / "run" / "detections.json").read_text()
+    assert (again / "metrics.json").read_text() == (run / "metrics.json").read_text()
+    assert (again / "detections.json").read_text() == (run / "detections.json").read_text()
 
 
 def test_init_takes_what_fits_and_lists_the_rest(tiny_scenes, tmp_path, capsys):
     train.main(flags(tiny_scenes, steps=1, out=tmp_path / "a"))
-    train.main(flags(tiny_scenes, steps=1, lr=1e-12, detector="retinanet", out=tmp_path / "b", init=tmp_path / "a" / "last.pt"))
+    train.main(flags(tiny_scenes, steps=1, lr=1e-12, detector="retinanet",
+                     out=tmp_path / "b", init=tmp_path / "a" / "last.pt"))
     said = capsys.readouterr().out
     assert "delta.weight" in said and "score.weight" in said and "ltrb.bias" in said
     a, b = weights(tmp_path / "a")["model"], weights(tmp_path / "b")["model"]
-    torch.testing.assert_close(a["backbone.stem.0.weight"], b["backbone.stem.0.weight"], rtol=0, atol=1e-6)
+    name = "backbone.stem.0.weight"
+    torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
 
 
-def test_not_a_number_stops_the_run_with_step_and_images_and_keeps_the_good_checkpoint(tiny_scenes, tmp_path, monkeypatch, fails):
+def test_not_a_number_stops_the_run_with_step_and_images_and_keeps_the_good_checkpoint(
+        tiny_scenes, tmp_path, monkeypatch, fails):
     real, calls = train.detection_loss, []
 
     def overflow_in_step_6(*args):
@@ -232,16 +301,19 @@ def test_not_a_number_stops_the_run_with_step_and_images_and_keeps_the_good_chec
     monkeypatch.setattr(train, "detection_loss", overflow_in_step_6)
     fails(flags(tiny_scenes, out=tmp_path / "run"), "step 5", "images", "--lr", "last.pt")
     good = weights(tmp_path / "run")
-    assert good["step"] == 4 and all(v.isfinite().all() for v in good["model"].values() if v.is_floating_point())
+    assert good["step"] == 4
+    assert all(v.isfinite().all() for v in good["model"].values() if v.is_floating_point())
 
 
 def test_a_learning_rate_that_explodes_is_told_as_such(tiny_scenes, tmp_path, fails):
-    fails(flags(tiny_scenes, out=tmp_path / "run", optimizer="sgd", lr=1e30, schedule="step"), "step", "image", "lower --lr")
+    explosive = {"optimizer": "sgd", "lr": 1e30, "schedule": "step"}
+    fails(flags(tiny_scenes, out=tmp_path / "run", **explosive), "step", "image", "lower --lr")
 
 
 def student(tmp_path, body):
     file = tmp_path / "my.py"
-    file.write_text("import torch\ndef mine(cost):\n" + "".join(f"    {line}\n" for line in body.splitlines()))
+    body = "".join(f"    {line}\n" for line in body.splitlines())
+    file.write_text("import torch\ndef mine(cost):\n" + body)
     return f"{file}:mine"
 
 
@@ -259,35 +331,59 @@ def test_a_student_function_plugs_in(tiny_scenes, tmp_path):
     ("return cost.argmin(0) + 10 ** 6, torch.arange(cost.shape[1])", ("outside",)),
     ("raise RuntimeError('I forgot')", ("I forgot", "image")),
 ])
-def test_a_student_function_that_fails_is_told_what_it_did(tiny_scenes, tmp_path, fails, body, words):
+def test_a_student_function_that_fails_is_told_what_it_did(
+        tiny_scenes, tmp_path, fails, body, words):
     mine = student(tmp_path, body)
     fails(flags(tiny_scenes, steps=2, out=tmp_path / "run", assign=mine), "mine", *words)
 
 
-PUBLISHED = {       # the fact sheet's training tables: detector, one-to-many -> what the configuration files say
-    ("retinanet", False): dict(steps=270_000, batch_size=16, optimizer="adamw", lr=4e-5, weight_decay=1e-4, milestones=[210_000, 250_000],
-                               warmup_steps=1000, warmup_factor=0.01, clip_grad=1.0, train_sizes=list(range(640, 897, 32)), train_longest=1500,
-                               crop=0.5, flip=0.5, test_size=800, test_longest=1333, skip_empty=False, width=256, depth=4, extra_levels=2,
-                               anchor_scales=3, tower_norm=False, delta_weights=[1, 1, 1, 1], backbone="resnet50", backbone_lr_factor=1),
-    ("fcos", False): dict(steps=270_000, batch_size=16, lr=4e-5, clip_grad=1.0, crop=0.5, train_longest=1500, box_prior=0, test_size=800),
-    ("centernet", False): dict(steps=270_000, batch_size=64, optimizer="adamw", lr=5e-5, milestones=[210_000, 250_000], clip_grad=1.0,
-                               train_sizes=[416, 448, 480, 512], train_longest=853, test_size=512, test_longest=853, crop=0.5, deform=True,
-                               neck_widths=[256, 128, 64], box_prior=0),
-    ("retinanet", True): dict(steps=90_000, batch_size=16, optimizer="sgd", momentum=0.9, lr=0.01, weight_decay=1e-4, milestones=[60_000, 80_000],
-                              warmup_steps=1000, warmup_factor=0.001, clip_grad=0, train_sizes=list(range(640, 801, 32)), train_longest=1333,
-                              crop=0, flip=0.5, square=0, colours=0, skip_empty=True, test_size=800, test_longest=1333),
-    ("fcos", True): dict(steps=90_000, batch_size=16, optimizer="sgd", lr=0.01, milestones=[60_000, 80_000], clip_grad=0, train_sizes=[800],
-                         train_longest=1333, crop=0, skip_empty=True),
-    ("centernet", True): dict(steps=126_000, batch_size=128, optimizer="sgd", lr=0.02, weight_decay=1e-4, milestones=[81_000, 108_000],
-                              warmup_steps=1000, clip_grad=0, square=512, colours=0.4, crop=0, flip=0.5, test_size=0, deform=True),
-    ("detr", False): dict(steps=554_400, batch_size=64, optimizer="adamw", lr=1e-4, backbone_lr_factor=0.1, weight_decay=1e-4, clip_grad=0.1,
-                          milestones=[369_600], warmup_steps=0, train_sizes=list(range(480, 801, 32)), train_longest=1333, crop=0.5, round_down=True,
-                          class_cost=1, queries=100, layers=6, hidden=2048, width=256, dropout=0.1, stride=32, test_size=800, test_longest=1333),
-    ("deformable-detr", False): dict(batch_size=32, lr=2e-4, backbone_lr_factor=0.1, clip_grad=0.1, round_down=True, class_cost=2, queries=300, hidden=1024,
-                                     levels=4, refine=False, two_stage=False, warmup_steps=0),
-    ("sparse-rcnn", False): dict(steps=270_000, batch_size=16, optimizer="adamw", lr=2.5e-5, backbone_lr_factor=1, milestones=[210_000, 250_000], warmup_steps=1000,
-                                 warmup_factor=0.01, clip_grad=1.0, train_sizes=list(range(480, 801, 32)), train_longest=1333, crop=0.5, queries=300,
-                                 hidden=2048, dynamic=64, roi_size=224, round_down=False, class_cost=2),
+# The fact sheet's training tables:
+# detector, one-to-many -> what the configuration files say.
+PUBLISHED = {
+    ("retinanet", False): dict(
+        steps=270_000, batch_size=16, optimizer="adamw", lr=4e-5, weight_decay=1e-4,
+        milestones=[210_000, 250_000], warmup_steps=1000, warmup_factor=0.01, clip_grad=1.0,
+        train_sizes=list(range(640, 897, 32)), train_longest=1500, crop=0.5, flip=0.5,
+        test_size=800, test_longest=1333, skip_empty=False,
+        width=256, depth=4, extra_levels=2, anchor_scales=3, tower_norm=False,
+        delta_weights=[1, 1, 1, 1], backbone="resnet50", backbone_lr_factor=1),
+    ("fcos", False): dict(
+        steps=270_000, batch_size=16, lr=4e-5, clip_grad=1.0,
+        crop=0.5, train_longest=1500, test_size=800, box_prior=0),
+    ("centernet", False): dict(
+        steps=270_000, batch_size=64, optimizer="adamw", lr=5e-5,
+        milestones=[210_000, 250_000], clip_grad=1.0,
+        train_sizes=[416, 448, 480, 512], train_longest=853, crop=0.5,
+        test_size=512, test_longest=853,
+        deform=True, neck_widths=[256, 128, 64], box_prior=0),
+    ("retinanet", True): dict(
+        steps=90_000, batch_size=16, optimizer="sgd", momentum=0.9, lr=0.01, weight_decay=1e-4,
+        milestones=[60_000, 80_000], warmup_steps=1000, warmup_factor=0.001, clip_grad=0,
+        train_sizes=list(range(640, 801, 32)), train_longest=1333, crop=0, flip=0.5,
+        square=0, colours=0, skip_empty=True, test_size=800, test_longest=1333),
+    ("fcos", True): dict(
+        steps=90_000, batch_size=16, optimizer="sgd", lr=0.01,
+        milestones=[60_000, 80_000], clip_grad=0,
+        train_sizes=[800], train_longest=1333, crop=0, skip_empty=True),
+    ("centernet", True): dict(
+        steps=126_000, batch_size=128, optimizer="sgd", lr=0.02, weight_decay=1e-4,
+        milestones=[81_000, 108_000], warmup_steps=1000, clip_grad=0,
+        square=512, colours=0.4, crop=0, flip=0.5, test_size=0, deform=True),
+    ("detr", False): dict(
+        steps=554_400, batch_size=64, optimizer="adamw", lr=1e-4, backbone_lr_factor=0.1,
+        weight_decay=1e-4, clip_grad=0.1, milestones=[369_600], warmup_steps=0,
+        train_sizes=list(range(480, 801, 32)), train_longest=1333, crop=0.5, round_down=True,
+        test_size=800, test_longest=1333, class_cost=1,
+        queries=100, layers=6, hidden=2048, width=256, dropout=0.1, stride=32),
+    ("deformable-detr", False): dict(
+        batch_size=32, lr=2e-4, backbone_lr_factor=0.1, clip_grad=0.1, warmup_steps=0,
+        round_down=True, class_cost=2,
+        queries=300, hidden=1024, levels=4, refine=False, two_stage=False),
+    ("sparse-rcnn", False): dict(
+        steps=270_000, batch_size=16, optimizer="adamw", lr=2.5e-5, backbone_lr_factor=1,
+        milestones=[210_000, 250_000], warmup_steps=1000, warmup_factor=0.01, clip_grad=1.0,
+        train_sizes=list(range(480, 801, 32)), train_longest=1333, crop=0.5, round_down=False,
+        class_cost=2, queries=300, hidden=2048, dynamic=64, roi_size=224),
 }
 
 
@@ -298,8 +394,15 @@ def test_cocos_recipes_are_the_published_ones(detector, one_to_many):
         assert found[name] == value, name
 
 
-@pytest.mark.parametrize("detector, one_to_many, epochs", [("retinanet", False, 36.5), ("centernet", False, 146.1), ("fcos", True, 12.2), ("centernet", True, 136.3), ("detr", False, 300.0),
-                                                           ("deformable-detr", False, 50.0), ("sparse-rcnn", False, 36.5)])
+@pytest.mark.parametrize("detector, one_to_many, epochs", [
+    ("retinanet", False, 36.5),
+    ("centernet", False, 146.1),
+    ("fcos", True, 12.2),
+    ("centernet", True, 136.3),
+    ("detr", False, 300.0),
+    ("deformable-detr", False, 50.0),
+    ("sparse-rcnn", False, 36.5),
+])
 def test_the_recipes_last_as_long_as_published(detector, one_to_many, epochs):
     """Steps times batch over COCO's 118,287 training pictures."""
     found = train.recipe("coco", detector, one_to_many)
@@ -307,11 +410,19 @@ def test_the_recipes_last_as_long_as_published(detector, one_to_many, epochs):
 
 
 def test_a_single_gpu_is_named_by_its_index(tiny_scenes, tmp_path, monkeypatch):
-    """torch.cuda.set_device wants one; without torchrun it is 0.  There is no GPU here: the run ends where it would begin."""
+    """torch.cuda.set_device wants one; without torchrun it is 0.
+
+    There is no GPU here: the run ends where it would begin.
+    """
     named = []
+
+    def begin(flags, checkpoint, strategy, rank, world, device):
+        named.append(device)
+        sys.exit(0)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", named.append)
-    monkeypatch.setattr(train, "train", lambda flags, checkpoint, strategy, rank, world, device: named.append(device) or sys.exit(0))
+    monkeypatch.setattr(train, "train", begin)
     arguments = flags(tiny_scenes, out=tmp_path / "run")
     at = arguments.index("--device")
     with pytest.raises(SystemExit):
@@ -327,20 +438,25 @@ def test_resume_takes_precision_auto_for_what_it_was(tiny_scenes, tmp_path):
 
 def test_bad_flags_are_told_by_name(tiny_scenes, tmp_path, fails):
     out = {"out": tmp_path / "run"}
+    points = {"detector": "retinanet", "assign": "one-to-many-points"}
+    predefined = {"detector": "sparse-rcnn", "location-cost": "predefined"}
+    coco = ["--data", "coco", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
+
     fails(flags(tiny_scenes, **out, assign="cheapest"), "cheapest", "hungarian")
     fails(flags(tiny_scenes, **out, assign="missing.py:f"), "missing.py")
     fails(flags(tiny_scenes, **out, **{"batch-size": 5, "accumulate": 2}), "--batch-size", "5")
     fails(flags(tiny_scenes, **out, lr=-1), "--lr")
     fails(flags(tiny_scenes, **out, assign="one-to-many", **{"class-cost": 0}), "--class-cost")
     fails(flags(tiny_scenes, **out, detector="yolo"), "yolo")
-    fails(flags(tiny_scenes, **out, detector="retinanet", assign="one-to-many-points"), "one-to-many-points", "FCOS")
+    fails(flags(tiny_scenes, **out, **points), "one-to-many-points", "FCOS")
     fails(flags(tiny_scenes, **out, seed=-1), "--seed")
     fails(flags(tiny_scenes, **out, detector="detr", layers=0), "--layers")
     fails(flags(tiny_scenes, **{**out, "width": 100}), "--width", "multiple")
-    fails(flags(tiny_scenes, **out, detector="detr", assign="one-to-many"), "--detector detr", "one-to-many")
-    fails(flags(tiny_scenes, **out, detector="sparse-rcnn", **{"location-cost": "predefined"}), "sparse-rcnn", "predefined")
+    fails(flags(tiny_scenes, **out, detector="detr", assign="one-to-many"),
+          "--detector detr", "one-to-many")
+    fails(flags(tiny_scenes, **out, **predefined), "sparse-rcnn", "predefined")
     fails(flags(tiny_scenes, **out, **{"train-json": tmp_path / "none.json"}), "none.json")
-    fails(["--data", "coco", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")], "instances_train2017.json", "download")
+    fails(coco, "instances_train2017.json", "download")
     assert not (tmp_path / "run").exists()
 
 
@@ -377,4 +493,5 @@ def test_a_checkpoint_cut_in_half_or_of_another_detector_is_refused(tiny_scenes,
     fails(["--resume", "--out", str(tmp_path / "b")], "last.pt", "cut short")
     fails(["--resume", "--out", str(tmp_path / "a"), "--detector", "retinanet"], "--detector")
     fails(flags(tiny_scenes, out=tmp_path / "c", init=tmp_path / "b" / "last.pt"), "last.pt")
-    fails(flags(tiny_scenes, out=tmp_path / "c", **{"backbone": "resnet18", "backbone-weights": tmp_path / "a" / "last.pt"}), "backbone")
+    foreign = {"backbone": "resnet18", "backbone-weights": tmp_path / "a" / "last.pt"}
+    fails(flags(tiny_scenes, out=tmp_path / "c", **foreign), "backbone")
