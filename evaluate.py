@@ -12,7 +12,6 @@ AP is pycocotools': box IoU 0.50 to 0.95, 101 recall points, the 100 best detect
 import argparse
 import contextlib
 import io
-import json
 import sys
 from pathlib import Path
 
@@ -23,9 +22,11 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 import annotations
+import checkpoints
 import crowd
 import data
 import models
+import runs
 
 
 # ------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def detect(model, pictures, batch_size=16, max_dets=100, device="cpu", precision
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             prediction = model(images.to(device), mask.to(device))
         for n, target in enumerate(targets):
-            for variant, found in model.detections(prediction, n, max_dets).items():
+            for variant, found in model.detections(prediction.image(n), max_dets).items():
                 boxes, scores, labels = (part.cpu() for part in models.to_original(found, target))
                 xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
                 results.setdefault(variant, []).extend(
@@ -223,14 +224,6 @@ def score_file(gt_file, dt_file, max_dets):
     return coco_metrics(ground_truth(truth)[0], found, max_dets)
 
 
-def write_json(file, content, indent=None):
-    """Written whole or not at all."""
-    file = Path(file)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=indent))
-    temporary.replace(file)
-
-
 # ------------------------------------------------------------------------------------------------
 # the command line: one function a sub-command
 # ------------------------------------------------------------------------------------------------
@@ -243,7 +236,7 @@ def run_results(args):
     for name, value in figures.items():
         print(f"{name:5} {value:6.2f}")
     if args.out:
-        write_json(args.out, figures, indent=1)
+        runs.write_json(args.out, figures, indent=1)
 
 
 def run_annotations(args):
@@ -260,8 +253,7 @@ def run_annotations(args):
 
 
 def run_checkpoint(args):
-    checkpoint = models.read_checkpoint(args.weights)
-    model = models.from_checkpoint(checkpoint, args.weights)
+    model, checkpoint = checkpoints.load(args.weights)
     trained = checkpoint["args"]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -288,9 +280,9 @@ def run_checkpoint(args):
     if args.out:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "metrics.json", figures, indent=1)
-        write_json(out / "detections.json", results["plain"])
-        write_json(out / "detections_nms.json", results["nms"])
+        runs.write_json(out / "metrics.json", figures, indent=1)
+        runs.write_json(out / "detections.json", results["plain"])
+        runs.write_json(out / "detections_nms.json", results["nms"])
 
 
 def data_flags(args):
@@ -356,7 +348,7 @@ def main():
             run_checkpoint(args)
         else:
             parser.error("give --weights last.pt, or the sub-command results")
-    except (annotations.DataError, models.CheckpointError, OSError) as error:
+    except (annotations.DataError, checkpoints.CheckpointError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,17 +1,35 @@
 """Training losses (Eq. 1): classification over all samples, location over the positive ones.
 
+    L = sum over i in P of [L_cls(i) + L_loc(i)]  +  sum over i in S \\ P of L_cls(i)          Eq. 1
+
+S: the samples, all predictions of an image   P: the positive ones, which assign.match chose.
+
 `set_loss` trains every one-to-one row of Tables 1 and 2.  The others are the detectors' original
 losses, for the one-to-many rows: in the published numbers the two differ, and so they do here.
+`ROWS`, at the end, says which cost, strategy and loss make a row.
 
-Each returns a dict of already weighted terms whose sum is the loss.  All are float32, and finite, with
-finite gradients, for images without objects too.
+All losses have one signature and return a dict of weighted terms whose sum is the loss:
+
+    loss(prediction, targets, matches, num_objects, micro_batches=1)
+
+matches: as assign.match returns them, one list per layer
+num_objects: of the whole step, all processes together, divided by their number, at least 1
+micro_batches: of the step; a term that is a mean over one of them is divided by their number
+
+All are float32, and finite, with finite gradients, for images without objects too.
 """
+import copy
+import functools
+from typing import Callable, NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
-from assign import heat_map
+import assign
+from assign import LAMBDA_CLS, LAMBDA_IOU, LAMBDA_L1
 from models import get_deltas
 
 
@@ -25,7 +43,7 @@ def mean_over_processes(x):
 
 
 def positives(targets, matches):
-    """The positive samples of a batch, joined over its images.
+    """The positive samples P of a batch, joined over its images.
 
     Returns their index (image (K,), prediction (K,)) into tensors of shape (B, Q, ...), and their
     objects' boxes (K, 4) and labels (K,).
@@ -37,8 +55,12 @@ def positives(targets, matches):
     return (image, prediction), boxes, labels
 
 
+# ------------------------------------------------------------------------------------------------
+# the paper's loss
+# ------------------------------------------------------------------------------------------------
+
 def focal_loss(logits, index, labels, matches):
-    """Sigmoid focal loss (alpha 0.25, gamma 2), summed over all predictions and classes.
+    """L_cls: sigmoid focal loss (alpha 0.25, gamma 2), summed over all predictions and classes.
 
     logits: (B, Q, C)   index, labels: of the positives; all others are negatives, except those a
     strategy told to ignore.
@@ -53,10 +75,10 @@ def focal_loss(logits, index, labels, matches):
 
 
 def softmax_loss(logits, index, labels, matches, no_object=0.1):
-    """DETR's classification loss: cross entropy over C classes and "no object", which weighs a tenth; their weighted mean.
+    """DETR's L_cls: cross entropy over C classes and "no object", which weighs a tenth.
 
-    logits: (B, Q, C + 1)   index, labels: of the positives; all others are "no object", except those a strategy
-    told to ignore.
+    logits: (B, Q, C + 1)   index, labels: of the positives; all others are "no object", except
+    those a strategy told to ignore.  Returns the weighted mean over the queries.
     """
     target = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)
     target[index] = labels
@@ -67,44 +89,62 @@ def softmax_loss(logits, index, labels, matches, no_object=0.1):
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight)
 
 
-def set_loss(prediction, targets, matches, num_objects, class_weight=2.0, l1_weight=5.0, giou_weight=2.0):
-    """Focal + L1 + GIoU of the matched pairs: the paper's training loss (Eq. 1).
+def set_loss(prediction, targets, matches, num_objects, micro_batches=1,
+             lambda_cls=LAMBDA_CLS, lambda_l1=LAMBDA_L1, lambda_iou=LAMBDA_IOU):
+    """The paper's training loss, Eq. 1, with the three terms and weights of the matching cost.
 
-    matches: as assign.match returns them, one list per layer; each layer pays the full loss
-    num_objects: of the whole step, all processes together, divided by their number, at least 1
+        L = lambda_cls L_cls + lambda_L1 L_L1 + lambda_iou L_iou
 
-    DETR's softmax loss is a mean over the queries of the micro-batch instead, with weight 1.
+    Each decoder layer pays the full loss.  Sums are divided by the number of objects, but DETR's
+    softmax loss is a mean over the queries of the micro-batch.
     """
     terms = {"class": 0.0, "l1": 0.0, "giou": 0.0}
-    scale = torch.stack([t["size"].flip(0).repeat(2) for t in targets]).to(prediction.boxes)   # (B, 4) w, h, w, h
+    scale = torch.stack([t["size"].flip(0).repeat(2) for t in targets])
+    scale = scale.to(prediction.boxes)                                       # (B, 4) w, h, w, h
+
     for layer, layer_matches in zip([prediction, *prediction.aux], matches):
         index, gt, labels = positives(targets, layer_matches)
-        boxes, size = layer.boxes[index], scale[index[0]]                                      # (K, 4)
+        boxes, size = layer.boxes[index], scale[index[0]]                    # (K, 4)
+
         if layer.softmax:
-            terms["class"] += softmax_loss(layer.logits, index, labels, layer_matches)
+            mean = softmax_loss(layer.logits, index, labels, layer_matches)
+            terms["class"] += lambda_cls * mean / micro_batches
         else:
-            labels = torch.zeros_like(labels) if layer.class_agnostic else labels
-            terms["class"] += class_weight * focal_loss(layer.logits, index, labels, layer_matches) / num_objects
-        terms["giou"] += giou_weight * generalized_box_iou_loss(boxes, gt, reduction="sum") / num_objects
-        if layer.centre_l1:
-            boxes, gt = (box_convert(b, "xyxy", "cxcywh") for b in (boxes, gt))
-        terms["l1"] += l1_weight * (boxes / size - gt / size).abs().sum() / num_objects
+            total = focal_loss(layer.logits, index, labels, layer_matches)
+            terms["class"] += lambda_cls * total / num_objects
+
+        giou = generalized_box_iou_loss(boxes, gt, reduction="sum")
+        terms["giou"] += lambda_iou * giou / num_objects
+        if layer.centre_l1:                  # DETR compares centres and sizes, in the cost too
+            boxes = box_convert(boxes, "xyxy", "cxcywh")
+            gt = box_convert(gt, "xyxy", "cxcywh")
+        terms["l1"] += lambda_l1 * (boxes / size - gt / size).abs().sum() / num_objects
     return terms
 
 
-def retinanet_loss(prediction, targets, matches):
+# ------------------------------------------------------------------------------------------------
+# the original losses of the dense detectors
+# ------------------------------------------------------------------------------------------------
+
+class RetinaNetLoss(nn.Module):
     """RetinaNet's original losses: focal, and L1 between deltas (detectron2's form).
 
-    Both are divided by a moving average of the number of positives (momentum 0.9, starting from 100), which each
-    process keeps for itself in the model's buffer `positives_average`.
+    Both are divided by a moving average of the number of positives (momentum 0.9, starting from
+    100), which each process keeps for itself.  A class only because that number must be kept.
     """
-    index, gt, labels = positives(targets, matches[0])
-    deltas, anchors = prediction.raw["deltas"][index], prediction.candidates[index[1]]        # (K, 4)
-    average = prediction.raw["positives_average"]
-    average.mul_(0.9).add_(0.1 * max(len(anchors), 1))
-    normaliser = average.clone()             # the buffer itself moves on before backward
-    return {"class": focal_loss(prediction.logits, index, labels, matches[0]) / normaliser,
-            "l1": (deltas - get_deltas(anchors, gt)).abs().sum() / normaliser}
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("positives_average", torch.tensor(100.0))
+
+    def forward(self, prediction, targets, matches, num_objects=None, micro_batches=1):
+        index, gt, labels = positives(targets, matches[0])
+        deltas, anchors = prediction.raw["deltas"][index], prediction.candidates[index[1]]
+        self.positives_average.mul_(0.9).add_(0.1 * max(len(anchors), 1))
+        normaliser = self.positives_average.clone()  # the buffer moves on before backward
+        total = focal_loss(prediction.logits, index, labels, matches[0])
+        l1 = (deltas - get_deltas(anchors, gt)).abs().sum()
+        return {"class": total / normaliser / micro_batches, "l1": l1 / normaliser / micro_batches}
 
 
 def centreness_target(points, gt):
@@ -113,44 +153,141 @@ def centreness_target(points, gt):
     return (torch.minimum(lt, rb) / torch.maximum(lt, rb)).prod(1).sqrt()
 
 
-def fcos_loss(prediction, targets, matches):
+def fcos_loss(prediction, targets, matches, num_objects=None, micro_batches=1):
     """FCOS's original losses: focal, GIoU weighted by centre-ness, centre-ness (the authors' form).
 
-    Normalised by the number of positives, and the sum of their centre-ness, averaged over the processes.
+    Normalised by the number of positives, and the sum of their centre-ness, averaged over the
+    processes.
     """
     index, gt, labels = positives(targets, matches[0])
     boxes, logit = prediction.boxes[index], prediction.raw["centreness"][index]
-    points = prediction.candidates[index[1]]
-    centreness = centreness_target(points, gt)                                     # (K,)
-    count, total = mean_over_processes(torch.stack([centreness.new_tensor(len(gt)), centreness.sum()]))
+    centreness = centreness_target(prediction.candidates[index[1]], gt)      # (K,)
+
+    own = torch.stack([centreness.new_tensor(len(gt)), centreness.sum()])
+    count, total = mean_over_processes(own)
     count, total = count.clamp(min=1), total.clamp(min=1e-6)
+
     giou = generalized_box_iou_loss(boxes, gt, reduction="none")
-    return {"class": focal_loss(prediction.logits, index, labels, matches[0]) / count,
-            "giou": (giou * centreness).sum() / total,
-            "centreness": F.binary_cross_entropy_with_logits(logit, centreness, reduction="sum") / count}
+    entropy = F.binary_cross_entropy_with_logits(logit, centreness, reduction="sum")
+    focal = focal_loss(prediction.logits, index, labels, matches[0])
+    return {"class": focal / count / micro_batches,
+            "giou": (giou * centreness).sum() / total / micro_batches,
+            "centreness": entropy / count / micro_batches}
 
 
-def centernet_loss(prediction, targets):
-    """CenterNet's original losses: penalty-reduced focal on the heat map, L1 on size (0.1) and offset.
+def gaussian_radius(height, width, overlap=0.7):
+    """How far (cells) a corner may move while the box keeps an IoU of `overlap`; tensors.
 
-    Sizes and offsets are in cells of the output map, and learned at the centre cells only.
+    CornerNet's three cases.  All take (b + sqrt(disc)) / 2, also where the textbook root divides by
+    2a: the published models were trained with these radii.
     """
-    raw = prediction.raw
-    (H, W), stride, C = raw["grid"], raw["stride"], prediction.logits.shape[2]
+    def root(a, b, c):
+        return (b + (b ** 2 - 4 * a * c).clamp(min=0).sqrt()) / 2
+
+    area, both = height * width, height + width
+    r1 = root(1, both, area * (1 - overlap) / (1 + overlap))
+    r2 = root(4, 2 * both, (1 - overlap) * area)
+    r3 = root(4 * overlap, -2 * overlap * both, (overlap - 1) * area)
+    return torch.minimum(torch.minimum(r1, r2), r3)
+
+
+def heat_map(boxes, labels, cells, num_classes, grid):
+    """CenterNet's class targets of one image: 1 at the positives, a Gaussian around each.
+
+    boxes: (G, 4) xyxy in cells of the output map   cells: (G, 2) x, y long, the positive of each
+    grid: (H, W) of the map   returns (C, H, W)
+
+    Sigma is (2r + 1) / 6, cut off at r cells; where two meet the larger wins.
+    """
+    H, W = grid
+    size = (boxes[:, 2:] - boxes[:, :2]).ceil()
+    radius = gaussian_radius(size[:, 1], size[:, 0]).floor().clamp(min=0)                 # (G,)
+    dy = torch.arange(H, device=boxes.device) - cells[:, 1:]                              # (G, H)
+    dx = torch.arange(W, device=boxes.device) - cells[:, :1]                              # (G, W)
+
+    sigma = ((2 * radius + 1) / 6)[:, None, None]
+    blob = torch.exp(-(dy[:, :, None] ** 2 + dx[:, None] ** 2) / (2 * sigma ** 2))        # (G,H,W)
+    near_y = dy.abs()[:, :, None] <= radius[:, None, None]
+    near_x = dx.abs()[:, None] <= radius[:, None, None]
+    blob = blob * (near_y & near_x & (blob >= torch.finfo(blob.dtype).eps))
+
+    index = labels.view(-1, 1, 1).expand_as(blob)
+    return boxes.new_zeros(num_classes, H, W).scatter_reduce(0, index, blob, "amax")
+
+
+def centernet_loss(prediction, targets, matches, num_objects=None, micro_batches=1):
+    """CenterNet's original losses: penalty-reduced focal, L1 on size (0.1) and offset.
+
+    Sizes and offsets are in cells of the output map, and learned at the positives only.
+    """
+    C, (H, W) = prediction.logits.shape[2], prediction.raw["heat"].shape[2:]
+    stride = prediction.strides[0]
     heats, size, offset, count = [], 0.0, 0.0, 0
-    for n, target in enumerate(targets):
-        boxes = target["boxes"] / stride
-        heat, cell = heat_map(boxes, target["labels"], C, (H, W))
-        heats.append(heat.flatten(1).mT)                                           # (HW, C)
-        at = cell[:, 1] * W + cell[:, 0]                                           # (G,)
+    for n, (target, m) in enumerate(zip(targets, matches[0])):
+        boxes, q = target["boxes"][m.object] / stride, m.prediction          # (K, 4), (K,)
+        cell = torch.stack([q % W, q // W], 1)                               # (K, 2) x, y
+        heat = heat_map(boxes, target["labels"][m.object], cell, C, (H, W))
+        heats.append(heat.flatten(1).mT)                                     # (HW, C)
+
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-        size = size + (raw["size"][n][at] - (boxes[:, 2:] - boxes[:, :2])).abs().sum()
-        offset = offset + (raw["offset"][n][at] - (centre - cell)).abs().sum()
-        count += len(at)
-    heat = torch.stack(heats)                                                      # (B, HW, C)
+        size = size + (prediction.raw["size"][n][q] - (boxes[:, 2:] - boxes[:, :2])).abs().sum()
+        offset = offset + (prediction.raw["offset"][n][q] - (centre - cell)).abs().sum()
+        count += len(q)
+
+    heat = torch.stack(heats)                                                # (B, HW, C)
     p = prediction.logits.sigmoid().clamp(1e-4, 1 - 1e-4)
-    centre = heat == 1
-    penalty = torch.where(centre, (1 - p) ** 2 * p.log(), (1 - heat) ** 4 * p ** 2 * (1 - p).log())
-    return {"class": -penalty.sum() / centre.sum().clamp(min=1),
-            # two numbers an object, as published
-            "size": 0.1 * size / (2 * count + 1e-4), "offset": offset / (2 * count + 1e-4)}
+    positive = heat == 1
+    negatives = (1 - heat) ** 4 * p ** 2 * (1 - p).log()
+    penalty = torch.where(positive, (1 - p) ** 2 * p.log(), negatives)
+    # two numbers an object, as published
+    return {"class": -penalty.sum() / positive.sum().clamp(min=1) / micro_batches,
+            "size": 0.1 * size / (2 * count + 1e-4) / micro_batches,
+            "offset": offset / (2 * count + 1e-4) / micro_batches}
+
+
+# ------------------------------------------------------------------------------------------------
+# the rows of Tables 1 and 2
+# ------------------------------------------------------------------------------------------------
+
+class Row(NamedTuple):
+    """What makes a row: cost(one, target) -> (Q, G), strategy(cost) -> pairs, and the loss."""
+    cost: Callable
+    strategy: Callable
+    loss: Callable
+
+
+ROWS = {  # Table 1           cost                    strategy              loss
+    "one-to-one":            (assign.matching_cost,   "hungarian",          set_loss),
+    "retinanet one-to-many": (assign.anchor_iou_cost, "one-to-many-iou",    RetinaNetLoss()),
+    "centernet one-to-many": (assign.cell_cost,       "min-cost",           centernet_loss),
+    "fcos one-to-many":      (assign.fcos_area_cost,  "one-to-many-points", fcos_loss),
+}
+# Table 2: the location cost between objects and pre-defined candidates; else predicted_location
+PREDEFINED = {"retinanet": assign.anchor_location,
+              "centernet": assign.point_location,
+              "fcos": assign.level_point_location}
+
+
+def row(flags):
+    """The Row that flags ask for.  Raises AssignError if there is no such strategy.
+
+    flags: detector, assign, and but for one-to-many location_cost, class_cost and the lambdas.
+    """
+    if flags["assign"] == "one-to-many":
+        cost, strategy, loss = ROWS[f"{flags['detector']} one-to-many"]
+        # a fresh copy, because RetinaNet's loss keeps a moving average
+        return Row(cost, assign.load_strategy(strategy), copy.deepcopy(loss))
+
+    cost, _, loss = ROWS["one-to-one"]
+    lambdas = {name: flags[name] for name in ("lambda_l1", "lambda_iou")}
+    predefined = flags["location_cost"] == "predefined"
+    location = PREDEFINED[flags["detector"]] if predefined else assign.predicted_location
+    cost = functools.partial(cost, location=functools.partial(location, **lambdas),
+                             class_cost=flags["class_cost"])
+    # the one-to-many rules judge what they were made for, also when they train the one-to-one form
+    if flags["assign"] == "one-to-many-iou":
+        cost = assign.anchor_iou_cost if predefined else assign.predicted_iou_cost
+    elif flags["assign"] == "one-to-many-points":
+        cost = assign.fcos_area_cost
+    loss = functools.partial(loss, lambda_cls=flags["lambda_cls"], **lambdas)
+    return Row(cost, assign.load_strategy(flags["assign"]), loss)

@@ -143,7 +143,8 @@ def test_box_costs_agree_with_a_slow_loop():
                                every_pair(lambda q, a, b: slow_l1(a, b, (64, 96)), boxes, gt))
     torch.testing.assert_close(assign.giou_cost(boxes, gt),
                                every_pair(lambda q, a, b: -slow_giou(a, b), boxes, gt))
-    torch.testing.assert_close(assign.iou_cost(boxes, gt), -box_iou(boxes, gt))
+    iou = assign.predicted_iou_cost(Prediction(None, boxes), {"boxes": gt})
+    torch.testing.assert_close(iou, -box_iou(boxes, gt))
 
 
 def test_l1_cost_by_hand():
@@ -190,7 +191,7 @@ def test_fcos_level_ranges(reach, levels):
     The box reaches only upwards from the point: the released code of OneNet loses this distance.
     """
     points, gt = torch.zeros(5, 4), torch.tensor([[0.0, -reach, 0, 0]])
-    cares = assign.in_level_range(points, torch.arange(5), gt, (8, 16, 32, 64, 128))[:, 0]
+    cares = assign.in_level_range(points, torch.tensor([8.0, 16, 32, 64, 128]), gt)[:, 0]
     assert set(cares.nonzero()[:, 0].tolist()) == levels
 
 
@@ -212,14 +213,16 @@ def test_fcos_costs_agree_with_a_slow_loop(strides):
     area = every_pair(lambda q, p, b: slow_area(p, levels[q], b, strides), points, gt)
     assert len(strides) == 1 or 0 < (off_level > 0).sum() < off_level.numel()
     assert 0 < area.isfinite().sum() < area.numel()
-    assert torch.equal(assign.level_cost(points, levels, gt, strides), off_level)
-    assert torch.equal(assign.fcos_area_cost(points, levels, gt, strides), area)
+    stride = torch.tensor(strides, dtype=torch.float32)[levels]
+    assert torch.equal(assign.level_cost(points, stride, gt), off_level)
+    one = Prediction(None, None, points, stride)
+    assert torch.equal(assign.fcos_area_cost(one, {"boxes": gt}), area)
 
 
 def one_image(Q=15, G=6, C=4):
     """The predictions and the target of one image, as assign.match hands them to a cost."""
-    one = {"logits": torch.randn(Q, C, generator=generator(5)), "boxes": random_boxes(Q, 1),
-           "candidates": random_boxes(Q, 6), "levels": torch.arange(Q) % 3}
+    one = Prediction(torch.randn(Q, C, generator=generator(5)), random_boxes(Q, 1),
+                     random_boxes(Q, 6), 4.0 * 2 ** (torch.arange(Q) % 3))
     target = {"boxes": random_boxes(G, 2), "labels": torch.arange(G) % C,
               "size": torch.tensor([64, 96])}
     return one, target
@@ -230,10 +233,11 @@ def test_location_costs_weigh_their_parts_as_published():
     5 times the centre distance between points, plus 9,999 off the level.
     """
     one, target = one_image()
-    size, strides, levels = (64, 96), (4, 8, 16), one["levels"].tolist()
+    size, strides, levels = (64, 96), (4, 8, 16), (torch.arange(15) % 3).tolist()
 
     def between_boxes(q, a, b):
         return 5 * slow_l1(a, b, size) - 2 * slow_giou(a, b)
+
     def between_points(q, a, b):
         return 5 * slow_centre(a, b, size)
 
@@ -241,15 +245,15 @@ def test_location_costs_weigh_their_parts_as_published():
         return between_points(q, a, b) + 9999 * (not slow_in_range(a, levels[q], b, strides))
 
     torch.testing.assert_close(assign.predicted_location(one, target),
-                               every_pair(between_boxes, one["boxes"], target["boxes"]))
+                               every_pair(between_boxes, one.boxes, target["boxes"]))
     torch.testing.assert_close(assign.anchor_location(one, target),
-                               every_pair(between_boxes, one["candidates"], target["boxes"]))
+                               every_pair(between_boxes, one.candidates, target["boxes"]))
 
-    one["candidates"] = one["candidates"][:, :2].repeat(1, 2)
+    one.candidates = one.candidates[:, :2].repeat(1, 2)
     torch.testing.assert_close(assign.point_location(one, target),
-                               every_pair(between_points, one["candidates"], target["boxes"]))
-    torch.testing.assert_close(assign.level_point_location(one, target, strides),
-                               every_pair(on_its_level, one["candidates"], target["boxes"]))
+                               every_pair(between_points, one.candidates, target["boxes"]))
+    torch.testing.assert_close(assign.level_point_location(one, target),
+                               every_pair(on_its_level, one.candidates, target["boxes"]))
 
 
 def test_matching_cost_without_class_is_location_alone():
@@ -258,11 +262,11 @@ def test_matching_cost_without_class_is_location_alone():
     """
     one, target = one_image()
     location = every_pair(lambda q, a, b: 5 * slow_l1(a, b, (64, 96)) - 2 * slow_giou(a, b),
-                          one["boxes"], target["boxes"])
-    alone = assign.matching_cost({"boxes": one["boxes"]}, target, class_weight=0)
+                          one.boxes, target["boxes"])
+    alone = assign.matching_cost(Prediction(None, one.boxes), target, class_cost=0)
     torch.testing.assert_close(alone, location)
 
-    logit = one["logits"][:, target["labels"]]
+    logit = one.logits[:, target["labels"]]
     change = (sigmoid_focal_loss(logit, torch.ones_like(logit))
               - sigmoid_focal_loss(logit, torch.zeros_like(logit)))
     torch.testing.assert_close(assign.matching_cost(one, target), location + 2 * change,
@@ -273,11 +277,11 @@ def test_matching_cost_without_class_is_location_alone():
 def test_matching_cost_is_finite(exponent, saturation, empty, seed):
     """Boxes of a thousandth to 100,000 pixels, saturated logits, predictions without extent."""
     one, target = one_image()
-    one["boxes"] = random_boxes(15, seed) * 10 ** exponent / 100
+    one.boxes = random_boxes(15, seed) * 10 ** exponent / 100
     target["boxes"] = random_boxes(6, seed + 1) * 10 ** exponent / 100
-    one["logits"] = saturation * one["logits"].sign()
+    one.logits = saturation * one.logits.sign()
     if empty:
-        one["boxes"][:, 2:] = one["boxes"][:, :2]
+        one.boxes[:, 2:] = one.boxes[:, :2]
     assert assign.matching_cost(one, target).isfinite().all()
 
 
@@ -689,7 +693,7 @@ def test_match_solves_every_image_and_layer_on_its_own(assigner):
     assert len(answer) == 3 and all(len(layer) == 4 for layer in answer)
     for layer, matches in zip([prediction, *prediction.aux], answer):
         for n, (target, m) in enumerate(zip(targets, matches)):
-            one = {"logits": layer.logits[n], "boxes": layer.boxes[n]}
+            one = Prediction(layer.logits[n], layer.boxes[n])
             cost = assign.matching_cost(one, target).numpy()
             if assigner is min_cost:
                 expected = (cost.argmin(0), range(cost.shape[1]))
@@ -706,16 +710,19 @@ def test_match_hands_over_what_belongs_to_the_image():
     and the candidates that all images share.
     """
     prediction, targets = random_batch(aux=0)
-    prediction.candidates, prediction.levels = random_boxes(30, 9), torch.arange(30)
+    prediction.candidates, prediction.strides = random_boxes(30, 9), torch.arange(30)
+    prediction.raw = {"centreness": torch.randn(4, 30)}
     seen = []
 
     def cost(one, target):
         seen.append(target["image_id"])
         n = target["image_id"] - 100
-        assert torch.equal(one["logits"], prediction.logits[n])
-        assert torch.equal(one["boxes"], prediction.boxes[n])
-        assert one["candidates"] is prediction.candidates
-        assert one["levels"] is prediction.levels
+        assert torch.equal(one.logits, prediction.logits[n])
+        assert torch.equal(one.boxes, prediction.boxes[n])
+        assert one.candidates is prediction.candidates
+        assert one.strides is prediction.strides
+        assert torch.equal(one.raw["centreness"], prediction.raw["centreness"][n])
+        assert isinstance(one, Prediction)
         return torch.zeros(30, len(target["boxes"]))
 
     match(prediction, targets, cost, min_cost)
@@ -780,80 +787,10 @@ def test_match_runs_in_float32_without_gradient(assigner):
     def cost(one, target):
         assert not torch.is_grad_enabled()
         # autocast is off
-        assert (one["boxes"] @ target["boxes"].mT).dtype == torch.float32
+        assert (one.boxes @ target["boxes"].mT).dtype == torch.float32
         return assign.matching_cost(one, target)
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         answer = match(prediction, targets, cost, assigner)[0]
     for m, expected in zip(answer, match(rounded, targets, cost, assigner)[0]):
         assert as_set(m.prediction, m.object) == as_set(expected.prediction, expected.object)
-
-
-# ------------------------------------------------------------------------------------------------
-# CenterNet's original targets
-# ------------------------------------------------------------------------------------------------
-
-def slow_radius(h, w, overlap=0.7):
-    """The three roots of the recipe, each with the plus sign and halved, as published."""
-    roots = [(-b + math.sqrt(max(b * b - 4 * a * c, 0))) / 2 for a, b, c in (
-        (1, -(h + w), h * w * (1 - overlap) / (1 + overlap)),
-        (4, -2 * (h + w), (1 - overlap) * h * w),
-        (4 * overlap, 2 * overlap * (h + w), (overlap - 1) * h * w))]
-    return min(roots)
-
-
-@pytest.mark.parametrize("height, width, radius", [
-    (10, 10, 2.7332),
-    (32, 64, 11.7694),
-    (100, 50, 18.3896),
-    (4, 4, 1.0933),
-])
-def test_gaussian_radius_has_the_published_quirk(height, width, radius):
-    """The values of the released CenterNet, not those of the textbook root
-    (0.8167, 3.4476, 5.3869, 0.3267).
-    """
-    both = torch.tensor([float(height)]), torch.tensor([float(width)])
-    expected = slow_radius(height, width)
-    assert assign.gaussian_radius(*both).item() == pytest.approx(radius, abs=1e-3) == expected
-
-
-def slow_heat_map(boxes, labels, C, H, W):
-    heat = np.zeros((C, H, W))
-    for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist()):
-        cx = min(max(int((x1 + x2) / 2), 0), W - 1)
-        cy = min(max(int((y1 + y2) / 2), 0), H - 1)
-        r = max(0, int(slow_radius(math.ceil(y2 - y1), math.ceil(x2 - x1))))
-        for y in range(max(0, cy - r), min(H, cy + r + 1)):
-            for x in range(max(0, cx - r), min(W, cx + r + 1)):
-                value = math.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * ((2 * r + 1) / 6) ** 2))
-                heat[label, y, x] = max(heat[label, y, x], value)
-    return torch.tensor(heat, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_heat_map_agrees_with_a_slow_loop(seed):
-    """Boxes overlap, share classes, and reach over the edges of the map."""
-    boxes, labels = random_boxes(9, seed, 20, 30) - 3, torch.arange(9) % 3
-    heat, cell = assign.heat_map(boxes, labels, 4, (16, 24))
-    torch.testing.assert_close(heat, slow_heat_map(boxes, labels, 4, 16, 24), atol=1e-6, rtol=1e-5)
-    assert (heat[labels, cell[:, 1], cell[:, 0]] == 1).all()
-    assert (heat[3] == 0).all()
-
-
-def test_heat_map_by_hand():
-    """Two boxes of 4 x 4 cells (radius 1, sigma 1/2), two cells apart:
-    1 at the centres, the larger in between.
-    """
-    # centres (3.5, 3.5), (5.5, 3.9)
-    boxes = torch.tensor([[1.5, 1.5, 5.5, 5.5], [3.5, 1.9, 7.5, 5.9]])
-    heat, cell = assign.heat_map(boxes, torch.tensor([0, 0]), 1, (8, 8))
-    # truncated
-    assert cell.tolist() == [[3, 3], [5, 3]]
-    row = [0, 0, math.exp(-2), 1, math.exp(-2), 1, math.exp(-2), 0]
-    assert heat[0, 3].tolist() == pytest.approx(row, abs=1e-6)
-    assert heat[0, 2, 4].item() == pytest.approx(math.exp(-4)) and heat[0, 1].sum() == 0
-
-
-def test_heat_map_of_no_objects_is_empty():
-    heat, cell = assign.heat_map(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), 3, (4, 5))
-    assert heat.shape == (3, 4, 5) and heat.sum() == 0 and cell.shape == (0, 2)

@@ -14,8 +14,8 @@ def drawn(size, box, label, name):
 
 
 def pictures(folder, split, size, longest):
-    annotations = annotations.read_annotations(folder / f"{split}.json", folder / split)
-    return data.Pictures(annotations, data.Transform(size, longest))
+    split_set = annotations.read_annotations(folder / f"{split}.json", folder / split)
+    return data.Pictures(split_set, data.Transform(size, longest))
 
 
 def test_drawn_boxes_lie_where_the_boxes_are():

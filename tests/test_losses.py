@@ -2,9 +2,11 @@
 
 Slow loops in Python's own floating point, written from the recipes, are the judges.
 """
+import copy
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -44,8 +46,8 @@ def batch(counts=(2, 0, 3), seed=0, scale=16.0, place=0.0, saturation=1.0, same=
         return torch.cat([corner, corner + scale * (0.5 + 0.5 * rand(*shape, 2))], -1)
 
     B, Q, first = len(counts), grid[0] * grid[1], [sum(counts[:n]) for n in range(len(counts))]
-    targets = [{"size": torch.tensor([32, 48]), "boxes": boxes(G),
-                "labels": torch.randint(0, C, (G,), generator=r)} for G in counts]
+    targets = [{"size": torch.tensor([32, 48]), "boxes": boxes(G), "image_id": n,
+                "labels": torch.randint(0, C, (G,), generator=r)} for n, G in enumerate(counts)]
     matches = [pairs(*((first[n] + g, g) for g in range(G))) for n, G in enumerate(counts)]
 
     # Points of positives lie inside their objects, as FCOS has it.
@@ -67,9 +69,20 @@ def batch(counts=(2, 0, 3), seed=0, scale=16.0, place=0.0, saturation=1.0, same=
             out["boxes"][n, m.prediction] = targets[n]["boxes"]
             out["deltas"][n, m.prediction] = 0
 
-    raw = {**out, "points": points, "grid": grid, "stride": STRIDE,
-           "positives_average": torch.tensor(100.0)}
+    raw = {**out, "points": points.expand(B, -1, -1)}
     return Prediction(out["logits"], out["boxes"], anchors, raw=raw), targets, matches
+
+
+def on_map(prediction, targets, grid=GRID):
+    """The same as CenterNet's original returns it, a cell a prediction, and its own matches."""
+    y, x = torch.meshgrid(*(STRIDE * torch.arange(side) + STRIDE // 2 for side in grid),
+                          indexing="ij")
+    points = torch.stack([x, y] * 2, -1).view(-1, 4).float()
+    heat = prediction.logits.mT.unflatten(2, grid)
+    prediction = dataclasses.replace(prediction, candidates=points,
+                                     strides=torch.full((len(points),), float(STRIDE)),
+                                     raw={**prediction.raw, "heat": heat})
+    return prediction, assign.match(prediction, targets, assign.cell_cost, assign.min_cost)
 
 
 # What a loss takes from the network.
@@ -82,21 +95,19 @@ USES = {
 every_loss = pytest.mark.parametrize("name", USES)
 
 
-def compute(name, prediction, targets, matches, outputs):
+def compute(name, prediction, targets, matches, outputs, grid=GRID):
     """The sum of a loss's terms, with `outputs` in the place of what the network computed."""
-    raw = {**prediction.raw, **outputs, "positives_average": torch.tensor(100.0)}
+    raw = {**prediction.raw, **outputs}
     prediction = dataclasses.replace(prediction, logits=raw["logits"], boxes=raw["boxes"], raw=raw)
-    if name == "set":
-        num_objects = max(1, sum(len(m.prediction) for m in matches))
-        terms = losses.set_loss(prediction, targets, [matches], num_objects)
-    elif name == "retinanet":
-        terms = losses.retinanet_loss(prediction, targets, [matches])
-    elif name == "fcos":
-        prediction = dataclasses.replace(prediction, candidates=raw["points"])
-        terms = losses.fcos_loss(prediction, targets, [matches])
-    else:
-        terms = losses.centernet_loss(prediction, targets)
-    return sum(terms.values())
+    matches, loss = [matches], losses.set_loss
+    if name != "set":
+        loss = copy.deepcopy(losses.ROWS[f"{name} one-to-many"][2])
+    if name == "fcos":
+        prediction = dataclasses.replace(prediction, candidates=raw["points"][0])
+    if name == "centernet":
+        prediction, matches = on_map(prediction, targets, grid)
+    num_objects = max(1, sum(len(m.prediction) for m in matches[0]))
+    return sum(loss(prediction, targets, matches, num_objects).values())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -186,11 +197,10 @@ def test_retinanet_loss_agrees_with_a_slow_loop_over_three_steps():
     """Focal and L1 of deltas, over 0.9 old + 0.1 new number of positives, from 100;
     the ignored pay no class loss.
     """
-    average, buffer = 100.0, torch.tensor(100.0)
+    average, loss = 100.0, losses.RetinaNetLoss()
     for step, counts in enumerate([(2, 0, 3), (0, 0, 0), (4, 1, 0)]):
         prediction, targets, matches = batch(counts, seed=step)
         matches[1] = matches[1]._replace(ignored=torch.tensor([60, 70]))
-        prediction.raw["positives_average"] = buffer
         average = 0.9 * average + 0.1 * max(1, sum(counts))
 
         l1 = 0.0
@@ -201,11 +211,11 @@ def test_retinanet_loss_agrees_with_a_slow_loop_over_three_steps():
                     math.log((x2 - x1) / aw), math.log((y2 - y1) / ah))
             l1 += sum(abs(d - g) for d, g in zip(delta, goal))
 
-        terms = losses.retinanet_loss(prediction, targets, [matches])
+        terms = loss(prediction, targets, [matches])
         focal = slow_class_loss(prediction.logits, targets, matches)
         assert terms["class"].item() == pytest.approx(focal / average, rel=1e-4)
         assert terms["l1"].item() == pytest.approx(l1 / average, rel=1e-4)
-        assert buffer.item() == pytest.approx(average)
+        assert loss.positives_average.item() == pytest.approx(average)
 
 
 def slow_centreness(point, box):
@@ -225,7 +235,7 @@ def test_fcos_loss_agrees_with_a_slow_loop():
     GIoU weighted by centre-ness over the sum of its targets.
     """
     prediction, targets, matches = batch((2, 0, 4))
-    prediction.candidates = prediction.raw["points"]
+    prediction.candidates = prediction.raw["points"][0]
     boxes = matched(prediction.boxes, targets, matches)
     goals = [slow_centreness(prediction.candidates[q].tolist(), box) for _, box, q in boxes]
     giou = sum(goal * (1 - slow_giou(a, b)) for goal, (a, b, _) in zip(goals, boxes))
@@ -251,8 +261,7 @@ def test_centernet_loss_agrees_with_a_slow_loop(counts):
     size = offset = focal = 0.0
     centres = 0
     for n, target in enumerate(targets):
-        # The heat map itself is judged in test_assign.py.
-        heat = assign.heat_map(target["boxes"] / STRIDE, target["labels"], C, GRID)[0]
+        heat = slow_heat_map(target["boxes"] / STRIDE, target["labels"], C, H, W)
         for x1, y1, x2, y2 in (target["boxes"] / STRIDE).tolist():
             cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
             # boxes of 16 pixels lie inside the 32 x 48
@@ -273,11 +282,91 @@ def test_centernet_loss_agrees_with_a_slow_loop(counts):
                         focal -= (1 - t) ** 4 * p ** 2 * math.log(1 - p)
 
     values = 2 * sum(counts) + 1e-4
-    terms = losses.centernet_loss(prediction, targets)
+    prediction, matches = on_map(prediction, targets)
+    terms = losses.centernet_loss(prediction, targets, matches)
     expected = {"class": focal / max(1, centres), "size": 0.1 * size / values,
                 "offset": offset / values}
     assert {key: value.item() for key, value in terms.items()} == pytest.approx(
         expected, rel=1e-4, abs=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------
+# CenterNet's original targets
+# ------------------------------------------------------------------------------------------------
+
+def slow_radius(h, w, overlap=0.7):
+    """The three roots of the recipe, each with the plus sign and halved, as published."""
+    roots = [(-b + math.sqrt(max(b * b - 4 * a * c, 0))) / 2 for a, b, c in (
+        (1, -(h + w), h * w * (1 - overlap) / (1 + overlap)),
+        (4, -2 * (h + w), (1 - overlap) * h * w),
+        (4 * overlap, 2 * overlap * (h + w), (overlap - 1) * h * w))]
+    return min(roots)
+
+
+@pytest.mark.parametrize("height, width, radius", [
+    (10, 10, 2.7332),
+    (32, 64, 11.7694),
+    (100, 50, 18.3896),
+    (4, 4, 1.0933),
+])
+def test_gaussian_radius_has_the_published_quirk(height, width, radius):
+    """The values of the released CenterNet, not those of the textbook root
+    (0.8167, 3.4476, 5.3869, 0.3267).
+    """
+    both = torch.tensor([float(height)]), torch.tensor([float(width)])
+    expected = slow_radius(height, width)
+    assert losses.gaussian_radius(*both).item() == pytest.approx(radius, abs=1e-3) == expected
+
+
+def slow_heat_map(boxes, labels, C, H, W):
+    heat = np.zeros((C, H, W))
+    for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist()):
+        cx = min(max(int((x1 + x2) / 2), 0), W - 1)
+        cy = min(max(int((y1 + y2) / 2), 0), H - 1)
+        r = max(0, int(slow_radius(math.ceil(y2 - y1), math.ceil(x2 - x1))))
+        for y in range(max(0, cy - r), min(H, cy + r + 1)):
+            for x in range(max(0, cx - r), min(W, cx + r + 1)):
+                value = math.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * ((2 * r + 1) / 6) ** 2))
+                heat[label, y, x] = max(heat[label, y, x], value)
+    return torch.tensor(heat, dtype=torch.float32)
+
+
+def cells_of(boxes, H, W):
+    """The truncated centres, within the map: (G, 2) x, y."""
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    return torch.minimum(centre.long().clamp(min=0), torch.tensor([W - 1, H - 1]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_heat_map_agrees_with_a_slow_loop(seed):
+    """Boxes overlap, share classes, and reach over the edges of the map."""
+    r = torch.Generator().manual_seed(seed)
+    a, b = torch.rand(2, 9, 2, generator=r) * torch.tensor([30.0, 20.0])
+    boxes = torch.cat([torch.minimum(a, b), torch.maximum(a, b) + 1], 1) - 3
+    labels, cells = torch.arange(9) % 3, cells_of(boxes, 16, 24)
+    heat = losses.heat_map(boxes, labels, cells, 4, (16, 24))
+    torch.testing.assert_close(heat, slow_heat_map(boxes, labels, 4, 16, 24), atol=1e-6, rtol=1e-5)
+    assert (heat[labels, cells[:, 1], cells[:, 0]] == 1).all()
+    assert (heat[3] == 0).all()
+
+
+def test_heat_map_by_hand():
+    """Two boxes of 4 x 4 cells (radius 1, sigma 1/2), two cells apart:
+    1 at the centres, the larger in between.
+    """
+    # centres (3.5, 3.5), (5.5, 3.9)
+    boxes = torch.tensor([[1.5, 1.5, 5.5, 5.5], [3.5, 1.9, 7.5, 5.9]])
+    cells = torch.tensor([[3, 3], [5, 3]])
+    heat = losses.heat_map(boxes, torch.tensor([0, 0]), cells, 1, (8, 8))
+    row = [0, 0, math.exp(-2), 1, math.exp(-2), 1, math.exp(-2), 0]
+    assert heat[0, 3].tolist() == pytest.approx(row, abs=1e-6)
+    assert heat[0, 2, 4].item() == pytest.approx(math.exp(-4)) and heat[0, 1].sum() == 0
+
+
+def test_heat_map_of_no_objects_is_empty():
+    none = torch.zeros(0, dtype=torch.long)
+    heat = losses.heat_map(torch.zeros(0, 4), none, none.view(0, 2), 3, (4, 5))
+    assert heat.shape == (3, 4, 5) and heat.sum() == 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -291,7 +380,8 @@ def test_gradients_are_those_of_finite_differences(name):
     outputs = [prediction.raw[key].requires_grad_() for key in USES[name]]
 
     def loss(*values):
-        return compute(name, prediction, targets, matches, dict(zip(USES[name], values)))
+        outputs = dict(zip(USES[name], values))
+        return compute(name, prediction, targets, matches, outputs, grid=(2, 4))
 
     assert torch.autograd.gradcheck(loss, outputs)
 
@@ -332,5 +422,5 @@ def test_perfect_boxes_cost_nothing():
     prediction, targets, matches = batch(same="equal")
     terms = losses.set_loss(prediction, targets, [matches], 5)
     assert terms["l1"] == 0 and terms["giou"].item() == pytest.approx(0, abs=1e-5)
-    l1 = losses.retinanet_loss(prediction, targets, [matches])["l1"]
+    l1 = losses.RetinaNetLoss()(prediction, targets, [matches])["l1"]
     assert l1.item() == pytest.approx(0, abs=1e-6)

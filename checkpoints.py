@@ -1,0 +1,208 @@
+"""Checkpoints: build a detector, save it whole or not at all, read it without running its code.
+
+A checkpoint of train.py is a dict of plain values and tensors:
+
+    build                              what `build` needs: the detector's name and its options
+    model, optimizer, step             the weights, the optimiser's state, steps done
+    buffers, random                    of each process: batch norm's statistics, generators' states
+    args                               every flag in force
+    class_names, category_ids          the data set's classes, in the order of the scores
+    test_transform                     how pictures were resized in evaluation
+"""
+import os
+
+import torch
+import torchvision
+
+from models import DENSE, ResNet, Tiny
+from queries import QUERY
+from variants import VARIANTS
+
+DETECTORS = {**DENSE, **QUERY, **VARIANTS}
+BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
+
+
+class CheckpointError(ValueError):
+    """A weights file cannot be used: one sentence that says why."""
+
+
+def detector_class(detector, original=False, variant=None):
+    """The class of a detector by name; its original one-to-many form; a form of other code."""
+    return DETECTORS[" ".join([detector] + ["one-to-many"] * original + [variant] * bool(variant))]
+
+
+def build(detector, num_classes, backbone, original=False, variant=None, norm="frozen", freeze=2,
+          resnet="torchvision", **options):
+    """A detector by name.  norm, freeze, resnet concern ResNets; options go to its constructor.
+
+    resnet: "torchvision", or "msra", whose pre-trained weights want BGR pixels and the stride in
+    the first 1x1.  These arguments are all that a checkpoint needs to hold beside the weights.
+    """
+    msra = backbone != "tiny" and resnet == "msra"
+    if backbone == "tiny":
+        body = Tiny()
+    else:
+        body = ResNet(backbone, norm, freeze, stride_in_1x1=msra)
+    options = {"pixels": "bgr" if msra else "rgb", **options}
+    model = detector_class(detector, original, variant)(body, num_classes, **options)
+    return model.to(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------
+# saving and reading
+# ------------------------------------------------------------------------------------------------
+
+def save_whole(content, file):
+    """torch.save that leaves the old file or the new one, never half of one."""
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def read(file, harmless=()):
+    """A checkpoint, read without running any code in it.  Raises CheckpointError.
+
+    harmless: classes it may hold beside tensors and plain values.
+    """
+    try:
+        with torch.serialization.safe_globals(list(harmless)):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); check the "
+                              f"path") from None
+    except Exception as error:       # cut short, not a checkpoint, or a pickle that would run code
+        if "GLOBAL" in str(error):   # PyTorch names the function or class that it would not call
+            raise CheckpointError(f"{file}: refused: it holds objects other than tensors and plain "
+                                  f"values, which could run code when loaded") from None
+        raise CheckpointError(f"{file}: not a readable checkpoint (cut short, or another kind of "
+                              f"file); copy it again") from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{file}: not a checkpoint: it holds a {type(checkpoint).__name__}")
+    return modernise(checkpoint, file)
+
+
+# names that options of a detector had before they were called as their flags are
+RENAMED = {"extra": "extra_levels", "scales": "anchor_scales", "widths": "neck_widths"}
+
+
+def modernise(checkpoint, file):
+    """A checkpoint of an earlier version as today's.  Raises CheckpointError."""
+    if not isinstance(checkpoint.get("build"), dict):
+        return checkpoint
+    build = {RENAMED.get(name, name): value for name, value in checkpoint["build"].items()}
+    if build.pop("two_stage", False):
+        raise CheckpointError(f"{file}: two-stage Deformable DETR is not supported (no row of the "
+                              f"paper uses it); train its one-stage form")
+
+    threshold = build.pop("score_threshold", None)
+    if build.pop("torchvision_grid", False):
+        build["variant"] = "torchvision"
+        build.pop("extra_from", None)        # the variant's own
+    elif threshold:
+        build["variant"] = "detectron2"
+    if not build.get("original"):
+        build.pop("laterals", None)          # OneNet's CenterNet always has them
+
+    model = checkpoint.get("model")
+    if isinstance(model, dict):              # RetinaNet's loss keeps its moving average itself
+        model = {name: value for name, value in model.items() if name != "positives_average"}
+    return {**checkpoint, "build": build, "model": model}
+
+
+def load(file):
+    """The detector that a checkpoint of train.py or convert.py describes, with its weights.
+
+    Returns (model, checkpoint).  Raises CheckpointError.
+    """
+    checkpoint = read(file)
+    if not {"build", "model", "class_names", "test_transform", "args"} <= checkpoint.keys():
+        raise CheckpointError(f"{file}: not a checkpoint of train.py (it lacks the description of "
+                              f"the detector)")
+    try:
+        model = build(**checkpoint["build"])
+        model.load_state_dict(checkpoint["model"])
+    # of another version, or made by hand
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its weights do not fit its own description: "
+                              f"{type(error).__name__}: {error}") from None
+    return model, checkpoint
+
+
+# ------------------------------------------------------------------------------------------------
+# weights for a new run
+# ------------------------------------------------------------------------------------------------
+
+def tensors_of(checkpoint):
+    """The named tensors of a checkpoint of train.py, or of a plain state dict."""
+    given = checkpoint.get("model", checkpoint)
+    given = given if isinstance(given, dict) else {}
+    return {k: v for k, v in given.items() if isinstance(k, str) and torch.is_tensor(v)}
+
+
+def load_weights(model, file):
+    """Weights that fit, by name and shape, from a checkpoint into a model; the rest is returned.
+
+    Returns (missing, left over, of another shape): names of the model's own tensors that got
+    nothing, and of the file's that were not used.
+    """
+    given, own = tensors_of(read(file)), model.state_dict()
+    shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
+    fits = {k: given[k] for k in own if k in given and k not in shapes}
+    if not fits:
+        raise CheckpointError(f"{file}: none of its {len(given)} entries fits this detector; it is "
+                              f"of another detector or not a checkpoint of train.py")
+    model.load_state_dict(fits, strict=False)
+    return [k for k in own if k not in given], [k for k in given if k not in own], shapes
+
+
+def imagenet(backbone):
+    """torchvision's ImageNet weights (V1) for a backbone, downloaded.  Raises CheckpointError."""
+    flag = "--backbone-weights imagenet"
+    if isinstance(backbone, Tiny):
+        raise CheckpointError(f"{flag}: there are none for the tiny backbone; use a resnet, or "
+                              f"none")
+    if backbone.kind == "msra":
+        raise CheckpointError(f"{flag}: those are torchvision's; --resnet msra needs a file of "
+                              f"MSRA's weights (convert.py)")
+    weights = torchvision.models.get_model_weights(backbone.name)["IMAGENET1K_V1"]
+    try:
+        return weights.get_state_dict(progress=True, weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{flag}: cannot be downloaded ({error}); fetch torchvision's "
+                              f"{backbone.name} on another machine and give its file") from None
+
+
+def load_backbone(backbone, weights):
+    """Pre-trained weights into a backbone.  weights: "imagenet" (torchvision's, V1), or a file.
+
+    A file is a torchvision ResNet's state dict, or a checkpoint of train.py with the same backbone.
+    """
+    if weights == "imagenet":
+        given = imagenet(backbone)
+    else:
+        checkpoint = read(weights)
+        given = tensors_of(checkpoint)
+        kind = checkpoint.get("resnet") or checkpoint.get("build", {}).get("resnet", "torchvision")
+        if not isinstance(backbone, Tiny) and kind != backbone.kind:
+            raise CheckpointError(f"{weights}: the weights of {kind}'s kind of ResNet; give "
+                                  f"--resnet {kind}")
+
+    prefix = "backbone."
+    if any(k.startswith(prefix) for k in given):             # a checkpoint of train.py
+        given = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
+    else:
+        given = {f"body.{k}": v for k, v in given.items() if not k.startswith("fc.")}
+
+    # batch norm's counters may be there or not: frozen norms have none
+    own, counter = backbone.state_dict(), "num_batches_tracked"
+    given = {k: v for k, v in given.items() if k in own or not k.endswith(counter)}
+    missing = [k for k in own if k not in given and not k.endswith(counter)]
+    wrong = [k for k in given if k not in own or own[k].shape != given[k].shape]
+    if missing or wrong:
+        raise CheckpointError(f"{weights}: not the weights of this backbone: {len(missing)} "
+                              f"tensors missing, {len(wrong)} left over or of another shape "
+                              f"(first: {(missing + wrong)[0]})")
+    backbone.load_state_dict(given, strict=False)

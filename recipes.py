@@ -1,0 +1,544 @@
+"""The flags, and their values for every row: data set x detector x assignment.
+
+A flag's value is, in this order: what was given; the recipe of the data set, the detector and the
+form (RECIPES); the constructor's default (the published value); EVERYWHERE.  The options of a
+detector are those flags that its constructor knows.
+"""
+import argparse
+import difflib
+import inspect
+import math
+from pathlib import Path
+
+import checkpoints
+import data
+from assign import LAMBDA_CLS, LAMBDA_IOU, LAMBDA_L1
+
+
+class UsageError(ValueError):
+    """Flags that cannot be followed: one sentence that says why."""
+
+
+NAMES = {"fcos": "FCOS", "retinanet": "RetinaNet", "centernet": "CenterNet", "detr": "DETR",
+         "deformable-detr": "Deformable DETR", "sparse-rcnn": "Sparse R-CNN"}
+DENSE = ("retinanet", "centernet", "fcos")
+
+
+# ------------------------------------------------------------------------------------------------
+# recipes: by data set, detector and form
+# ------------------------------------------------------------------------------------------------
+
+EVERYWHERE = {
+    "backbone_weights": "none", "resnet": "torchvision",
+    "assign": "hungarian", "location_cost": "predicted", "lambda_cls": LAMBDA_CLS,
+    "lambda_l1": LAMBDA_L1, "lambda_iou": LAMBDA_IOU,
+    "round_down": False, "square": 0, "colours": 0.0, "skip_empty": False, "flip": 0.5, "crop": 0.0,
+    "drop_bad_boxes": False,
+    "accumulate": 1, "backbone_lr_factor": 1.0, "weight_decay": 1e-4, "momentum": 0.9,
+    "warmup_steps": 0, "warmup_factor": 0.01, "milestones": [], "clip_grad": 0.0,
+    "seed": 0, "precision": "fp32", "eval_every": 0, "max_dets": 100, "log_every": 20,
+    "checkpoint_every": 500,
+}
+
+# OneNet's released configurations (projects/OneNet/configs), "3x"; CenterNet's differences below
+ONENET = {
+    "steps": 270_000, "batch_size": 16, "optimizer": "adamw", "lr": 4e-5, "clip_grad": 1.0,
+    "schedule": "step", "milestones": [210_000, 250_000], "warmup_steps": 1000,
+    "train_sizes": [640, 672, 704, 736, 768, 800, 832, 864, 896], "train_longest": 1500,
+    "crop": 0.5,
+}
+# the "1x" of detectron2 (COCO-Detection/retinanet_R_50_FPN_1x) and of FCOS's authors (AdelaiDet,
+# R_50_1x), which gave the 37.4 and 38.7 of Table 1's one-to-many column
+ORIGINAL = {
+    "steps": 90_000, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "clip_grad": 0.0,
+    "schedule": "step", "milestones": [60_000, 80_000], "warmup_steps": 1000,
+    "warmup_factor": 0.001,
+    "train_sizes": [640, 672, 704, 736, 768, 800], "train_longest": 1333, "crop": 0.0,
+    "skip_empty": True,
+}
+# CenterNet with a ResNet-50 as CenterNet-better trains it, which gave the 35.0
+ORIGINAL_CENTERNET = {
+    **ORIGINAL, "steps": 126_000, "batch_size": 128, "lr": 0.02, "milestones": [81_000, 108_000],
+    "square": 512, "colours": 0.4, "test_size": 0, "skip_empty": False,
+}
+# DETR's and Deformable DETR's main.py: 300 and 50 epochs; both resize in DETR's way
+DETR = {
+    "steps": 554_400, "batch_size": 64, "lr": 1e-4, "backbone_lr_factor": 0.1, "clip_grad": 0.1,
+    "milestones": [369_600], "warmup_steps": 0, "lambda_cls": 1.0,
+    "train_sizes": list(range(480, 801, 32)), "train_longest": 1333, "round_down": True,
+}
+DEFORMABLE_DETR = {**DETR, "steps": 184_850, "batch_size": 32, "lr": 2e-4,
+                   "milestones": [147_880], "lambda_cls": LAMBDA_CLS}
+# sparsercnn.res50.300pro.3x; the rest as OneNet, which descends from it
+SPARSE_RCNN = {"lr": 2.5e-5, "train_sizes": list(range(480, 801, 32)), "train_longest": 1333}
+
+# trained from scratch on two CPU cores in minutes; what the data sets below it add is theirs alone
+SMALL_QUERIES = {"width": 128, "layers": 3, "hidden": 256, "lr": 5e-4, "weight_decay": 0.1}
+SMALL = {
+    "": {"backbone": "tiny", "width": 64, "depth": 3, "extra_levels": 0, "steps": 4500,
+         "batch_size": 16, "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle",
+         "clip_grad": 1.0, "workers": 0, "precision": "auto"},
+    "fcos": {"box_prior": 3.0},
+    "retinanet": {"tower_norm": True, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
+    "centernet": {"deform": False, "box_prior": 1.5, "neck_widths": [128, 64]},
+    "detr": {**SMALL_QUERIES, "lambda_cls": 1.0, "stride": 16, "dropout": 0.0},
+    "deformable-detr": {**SMALL_QUERIES, "dropout": 0.0, "levels": 3, "refine": True},
+    "sparse-rcnn": {**SMALL_QUERIES, "roi_size": 64, "dynamic": 32},
+}
+
+RECIPES = {
+    # chosen as a demonstration for two CPU cores; all rows of a detector share everything but the
+    # row's flags
+    "scenes": {
+        **SMALL,
+        "": {**SMALL[""], "train_sizes": [128], "train_longest": 128, "test_size": 128,
+             "test_longest": 128},
+        "retinanet": {**SMALL["retinanet"], "anchor_scales": 1},
+        "centernet": {**SMALL["centernet"], "neck_widths": [128, 64, 64], "box_prior": 3.0,
+                      "laterals": True, "steps": 5000, "weight_decay": 0.1},
+        "detr": {**SMALL["detr"], "queries": 20, "steps": 8000},
+        "deformable-detr": {**SMALL["deformable-detr"], "queries": 20, "levels": 2, "steps": 3000},
+        "sparse-rcnn": {**SMALL["sparse-rcnn"], "width": 64, "queries": 16, "steps": 4000},
+    },
+    # for a few hundred photographs on the same machine; a GPU wants --backbone resnet50
+    # --backbone-weights imagenet
+    "custom": {
+        **SMALL,
+        "": {**SMALL[""], "depth": 2, "steps": 2000, "batch_size": 8, "train_sizes": [256],
+             "train_longest": 448, "test_size": 256, "test_longest": 448},
+        **{name: {**SMALL[name], "queries": 100} for name in ("deformable-detr", "sparse-rcnn")},
+    },
+    # Section 5 in small: one class, pictures of 160 pixels
+    "crowd": {
+        **SMALL,
+        "": {**SMALL[""], "steps": 3000, "train_sizes": [160], "train_longest": 160,
+             "test_size": 160, "test_longest": 160, "max_dets": 500, "weight_decay": 0.1},
+        "retinanet": {**SMALL["retinanet"], "anchor_scales": 1},
+        **{name: {**SMALL[name], "queries": 100} for name in ("deformable-detr", "sparse-rcnn")},
+    },
+    "coco": {
+        "": {"backbone": "resnet50", "backbone_weights": "imagenet", "workers": 4,
+             "test_size": 800, "test_longest": 1333, "checkpoint_every": 2500,
+             "drop_bad_boxes": True, **ONENET},
+        "centernet": {"batch_size": 64, "lr": 5e-5, "train_sizes": [416, 448, 480, 512],
+                      "train_longest": 853, "test_size": 512, "test_longest": 853},
+        "retinanet one-to-many": ORIGINAL,
+        "fcos one-to-many": {**ORIGINAL, "train_sizes": [800]},
+        "centernet one-to-many": ORIGINAL_CENTERNET,
+        "detr": DETR,
+        "deformable-detr": DEFORMABLE_DETR,
+        "sparse-rcnn": SPARSE_RCNN,
+    },
+}
+
+# OneNet's and Sparse R-CNN's CrowdHuman configurations: 50 epochs of its 15,000 pictures, 500
+# detections, no crop
+CROWDHUMAN = {"steps": 46_875, "milestones": [37_500], "crop": 0.0, "max_dets": 500,
+              "train_longest": 1400, "test_longest": 1400}
+# the one-to-many FCOS of Table 3 has DeFCN's schedule; RetinaNet's is not published, takes the same
+DEFCN = {**ORIGINAL, "steps": 30_000, "milestones": [20_000, 25_000], "train_sizes": [800],
+         "train_longest": 1400}
+RECIPES["crowdhuman"] = {
+    **RECIPES["coco"],
+    "": {**RECIPES["coco"][""], **CROWDHUMAN},
+    "sparse-rcnn": {**SPARSE_RCNN, "train_sizes": list(range(640, 801, 32)), "train_longest": 1500,
+                    "test_longest": 1500, "queries": 500},
+    "fcos one-to-many": DEFCN,
+    "retinanet one-to-many": DEFCN,
+    # nobody published these: COCO's recipes, for 50 epochs of CrowdHuman (DETR 300)
+    "centernet": {**RECIPES["coco"]["centernet"], "steps": 11_719, "milestones": [9_375]},
+    "centernet one-to-many": {**ORIGINAL_CENTERNET, "steps": 5_859, "milestones": [3_767, 5_022]},
+    "detr": {**DETR, "steps": 70_313, "milestones": [46_875], "queries": 500},
+    "deformable-detr": {**DEFORMABLE_DETR, "steps": 23_438, "milestones": [18_750],
+                        "queries": 500},
+}
+
+
+def options_of(detector, one_to_many=False):
+    """The flags that a detector's constructor knows, with its defaults."""
+    known = inspect.signature(checkpoints.detector_class(detector, one_to_many)).parameters
+    return {name: list(p.default) if type(p.default) is tuple else p.default
+            for name, p in known.items() if name in OPTIONS}
+
+
+def recipe(data_set, detector, one_to_many=False):
+    """The defaults in force for a data set, a detector and a form."""
+    known, options = RECIPES[data_set], options_of(detector, one_to_many)
+    form = known.get(f"{detector} one-to-many", {}) if one_to_many else {}
+    values = {**EVERYWHERE, **options, **known[""], **known.get(detector, {}), **form}
+    return {name: value for name, value in values.items()
+            if name not in OPTIONS or name in options}
+
+
+# ------------------------------------------------------------------------------------------------
+# flags
+# ------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse, which says of an unknown flag what it may have meant."""
+
+    # what the flags of other programs are here
+    ELSEWHERE = {
+        "--epochs": "training is counted in --steps: epochs = steps x --batch-size / pictures",
+        "--iters": "training is counted in --steps", "--max-iter": "training is counted in --steps",
+        "--learning-rate": "it is --lr", "--model": "it is --detector", "--num-workers":
+        "it is --workers", "--gpus": "start with torchrun --nproc-per-node N train.py",
+        "--matcher": "it is --assign", "--weights": "--init starts from a checkpoint, "
+        "--backbone-weights from a pre-trained backbone", "--output": "it is --out",
+        "--num-queries": "it is --queries", "--amp": "it is --precision bf16"}
+
+    def parse_args(self, argv=None):
+        args, unknown = self.parse_known_args(argv)
+        for flag in unknown:
+            name = flag.split("=")[0]
+            if name in self.ELSEWHERE:
+                self.error(f"there is no flag {name}: {self.ELSEWHERE[name]}")
+            known = difflib.get_close_matches(name, self._option_string_actions, 1)
+            hint = f"; did you mean {known[0]}?" if known else "; see --help"
+            self.error(f"there is no flag {name}{hint}")
+        return args
+
+
+def make_parser(description=None):
+    parser = Parser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="train.py [--detector D] [--assign A] [--location-cost L] [--class-cost W] "
+              "[--data S] [flags below]")
+    yes_or_no = {"action": argparse.BooleanOptionalAction, "default": None}
+
+    g = parser.add_argument_group("the paper's axes (Sections 3.1 to 3.3, Tables 1 and 2)")
+    g.add_argument("--detector", choices=tuple(NAMES), help="which detector (default: fcos)")
+    g.add_argument("--assign", metavar="A",
+                   help="one-to-many: the detector's original rule, form and losses; hungarian "
+                        "(default): one-to-one; or another strategy with the one-to-one form and "
+                        "losses: min-cost, top-k, one-to-many-iou (RetinaNet's rule on anchors, or "
+                        "on predicted boxes), one-to-many-points (FCOS's rule), my.py:my_function")
+    g.add_argument("--location-cost", choices=("predefined", "predicted"),
+                   help="between objects and anchors or points, or predicted boxes (default)")
+    g.add_argument("--class-cost", type=float, metavar="W",
+                   help="weight of the classification cost (default: --lambda-cls); 0 gives the "
+                        "'location only' rows, where duplicates return")
+    for name, default in (("cls", "2, DETR 1"), ("l1", "5"), ("iou", "2")):
+        g.add_argument(f"--lambda-{name}", type=float, metavar="W",
+                       help=f"weight of its term in the loss and in the cost, Eq. 1, 4 and 5 "
+                            f"(default: {default})")
+
+    data.add_data_flags(parser.add_argument_group("data"))
+
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--steps", type=int, metavar="N",
+                   help="optimiser steps (scenes: 4500, CenterNet 5000, DETR 8000, Deformable DETR "
+                        "3000, Sparse R-CNN 4000)")
+    g.add_argument("--batch-size", type=int, metavar="N",
+                   help="images per step, over all processes and micro-batches (scenes, coco: 16)")
+    g.add_argument("--accumulate", type=int, metavar="N",
+                   help="micro-batches per step (default 1): less memory, the same step")
+    g.add_argument("--optimizer", choices=("adamw", "sgd"),
+                   help="default adamw; the published one-to-many recipes use sgd")
+    g.add_argument("--lr", type=float, help="peak learning rate (scenes: 1e-3, query detectors "
+                                            "5e-4; coco: as published)")
+    g.add_argument("--backbone-lr-factor", type=float, metavar="F",
+                   help="the backbone's learning rate is this times --lr (default 1)")
+    g.add_argument("--weight-decay", type=float, metavar="W",
+                   help="default 1e-4 (0.1: CenterNet and query detectors on scenes, all on "
+                        "crowd); SGD spares norm layers, as published")
+    g.add_argument("--momentum", type=float, help="of SGD (default 0.9)")
+    g.add_argument("--schedule", choices=("step", "one-cycle"),
+                   help="step: linear warm-up, then a tenth at each milestone; one-cycle: up over "
+                        "the first tenth, then down a cosine")
+    g.add_argument("--warmup-steps", type=int, metavar="N",
+                   help="steps until the learning rate is reached (step schedule; coco: 1000)")
+    g.add_argument("--warmup-factor", type=float, metavar="F",
+                   help="of the learning rate at step 0 (step schedule)")
+    g.add_argument("--milestones", type=int, nargs="*", metavar="N",
+                   help="steps at which the learning rate falls to a tenth (step schedule)")
+    g.add_argument("--clip-grad", type=float, metavar="NORM",
+                   help="largest norm of the whole gradient; 0: no clipping")
+
+    g = parser.add_argument_group("pictures")
+    g.add_argument("--train-sizes", type=int, nargs="+", metavar="N",
+                   help="shorter sides to choose from in training, pixels")
+    g.add_argument("--train-longest", type=int, metavar="N",
+                   help="limit of the longer side in training")
+    g.add_argument("--test-size", type=int, metavar="N",
+                   help="shorter side in evaluation; 0 keeps each picture's size")
+    g.add_argument("--test-longest", type=int, metavar="N",
+                   help="limit of the longer side in evaluation")
+    g.add_argument("--round-down", **yes_or_no,
+                   help="resize as DETR does, the longer side rounded down")
+    g.add_argument("--flip", type=float, metavar="P",
+                   help="probability of a horizontal flip (default 0.5)")
+    g.add_argument("--crop", type=float, metavar="P",
+                   help="probability of DETR's resize-crop-resize (coco: 0.5)")
+    g.add_argument("--square", type=int, metavar="N",
+                   help="cut squares of random place and size and scale them to N pixels instead, "
+                        "as the original CenterNet does (coco, its one-to-many recipe: 512; else "
+                        "0, off)")
+    g.add_argument("--colours", type=float, metavar="S",
+                   help="vary brightness, contrast and saturation by up to this share (coco, "
+                        "CenterNet one-to-many: 0.4)")
+    g.add_argument("--skip-empty", **yes_or_no,
+                   help="leave pictures without objects out of training (coco, one-to-many "
+                        "RetinaNet and FCOS: yes)")
+    g.add_argument("--workers", type=int, metavar="N",
+                   help="processes that read pictures, per training process (coco: 4, else 0)")
+
+    g = parser.add_argument_group("backbone")
+    g.add_argument("--backbone", choices=checkpoints.BACKBONES,
+                   help="tiny is for pictures of about 128 pixels (scenes: tiny; coco: resnet50)")
+    g.add_argument("--backbone-weights", metavar="W",
+                   help="none, imagenet (torchvision's), or a file: a torchvision ResNet or a "
+                        "last.pt")
+    g.add_argument("--resnet", choices=("torchvision", "msra"),
+                   help="whose pre-trained ResNet: torchvision's (RGB, default), or MSRA's (BGR, "
+                        "stride in the first 1x1), which detectron2's and AdelaiDet's one-to-many "
+                        "figures were made with; give its file, converted, as --backbone-weights")
+
+    add_detector_flags(parser, yes_or_no)
+
+    g = parser.add_argument_group("the run")
+    g.add_argument("--out", metavar="DIR",
+                   help="folder for everything (default: runs/ and a name made of the row)")
+    g.add_argument("--resume", action="store_true",
+                   help="go on from OUT/last.pt, exactly; flags not given are taken from it")
+    g.add_argument("--init", metavar="FILE",
+                   help="start from these weights only; what did not fit is listed")
+    g.add_argument("--seed", type=int, help="of weights, order and augmentation (default 0)")
+    g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    g.add_argument("--precision", choices=("auto", "fp32", "bf16"),
+                   help="bf16 runs the network in bfloat16, costs and losses stay float32; auto: "
+                        "bf16 where the device computes in it natively (scenes, custom: auto; "
+                        "coco: fp32, as published)")
+    g.add_argument("--eval-every", type=int, metavar="N",
+                   help="evaluate every N steps, and always at the end (default 0: only then)")
+    g.add_argument("--max-dets", type=int, metavar="N",
+                   help="detections per image in evaluation (default 100; crowd, crowdhuman: 500, "
+                        "which suits a custom .odgt too)")
+    g.add_argument("--log-every", type=int, metavar="N",
+                   help="steps between rows of log.csv (default 20)")
+    g.add_argument("--checkpoint-every", type=int, metavar="N",
+                   help="steps between checkpoints (default 500; coco: 2500)")
+    return parser
+
+
+def add_detector_flags(parser, yes_or_no):
+    """The options of the detectors; the published value is the constructor's default."""
+    g = parser.add_argument_group("options of the detectors, each for those named")
+    g.add_argument("--width", type=int, metavar="N",
+                   help="channels of pyramid and towers (RetinaNet, FCOS), or of the queries "
+                        "(published: 256)")
+    g.add_argument("--depth", type=int, metavar="N",
+                   help="RetinaNet, FCOS: convolutions in a tower (published: 4)")
+    g.add_argument("--extra-levels", type=int, metavar="N",
+                   help="RetinaNet, FCOS: pyramid levels above the backbone's last map (published: "
+                        "2, P6 and P7)")
+    g.add_argument("--anchor-scales", type=int, metavar="N",
+                   help="RetinaNet: sizes of anchors per octave, each in three ratios (published: "
+                        "3; scenes: 1)")
+    g.add_argument("--delta-weights", type=float, nargs=4, metavar="W",
+                   help="RetinaNet: the head's output is divided by these before it is a delta dx, "
+                        "dy, dw, dh (published: 1 1 1 1; scenes: 10 10 5 5, so that a step of the "
+                        "optimiser moves boxes less)")
+    g.add_argument("--tower-norm", **yes_or_no,
+                   help="RetinaNet: group norm in the towers (scenes: yes; published: no)")
+    g.add_argument("--box-prior", type=float, metavar="D",
+                   help="FCOS, CenterNet: distance from point to box side before training, in "
+                        "strides (scenes: 3; published: 0, where half of the outputs start behind "
+                        "their ReLU)")
+    g.add_argument("--neck-widths", type=int, nargs="+", metavar="N",
+                   help="CenterNet: channels of its steps up from stride 32: three (published: 256 "
+                        "128 64; scenes: 128 64 64) end at stride 4, two at stride 8")
+    g.add_argument("--laterals", **yes_or_no,
+                   help="CenterNet, one-to-many: OneNet's laterals in the original's neck too "
+                        "(published: no; scenes: yes, whose coarsest map has 4 x 4 cells)")
+    g.add_argument("--deform", **yes_or_no,
+                   help="CenterNet: deformable convolutions in its neck (published: yes; scenes: "
+                        "no)")
+    g.add_argument("--queries", type=int, metavar="N",
+                   help="DETR, Deformable DETR, Sparse R-CNN: object queries, or proposals "
+                        "(published: 100, 300, 300)")
+    g.add_argument("--layers", type=int, metavar="N",
+                   help="the same: encoder and decoder layers, or stages (published: 6)")
+    g.add_argument("--hidden", type=int, metavar="N",
+                   help="the same: width of the feed-forward networks (published: 2048, 1024, "
+                        "2048)")
+    g.add_argument("--dropout", type=float, metavar="P",
+                   help="DETR, Deformable DETR: in the transformer (published: 0.1; scenes: 0)")
+    g.add_argument("--stride", type=int, choices=(8, 16, 32),
+                   help="DETR: stride of the map that is encoded (published: 32; scenes: 16)")
+    g.add_argument("--levels", type=int, metavar="N",
+                   help="Deformable DETR: levels of the pyramid, counted from the coarsest "
+                        "(published: 4; scenes: 2, strides 16 and 32)")
+    g.add_argument("--refine", **yes_or_no,
+                   help="Deformable DETR: each layer corrects the boxes of the last (published "
+                        "base form: no; scenes: yes)")
+    g.add_argument("--roi-size", type=int, metavar="N",
+                   help="Sparse R-CNN: boxes of this side are cut from the third level (published: "
+                        "224; scenes: 64)")
+    g.add_argument("--dynamic", type=int, metavar="N",
+                   help="Sparse R-CNN: inner width of the dynamic convolution (published: 64)")
+
+
+def names_of(add_flags):
+    """The names of the flags that a function adds to a parser."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return set(vars(parser.parse_args([])))
+
+
+OPTIONS = names_of(lambda parser: add_detector_flags(
+    parser, {"action": argparse.BooleanOptionalAction, "default": None}))
+OWN_FILES = ("train_json", "train_images", "val_json", "val_images")
+FREE_ON_RESUME = {"out", "resume", "init", "device", "workers", "log_every", "checkpoint_every"}
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+# ------------------------------------------------------------------------------------------------
+# from what was given to what is in force
+# ------------------------------------------------------------------------------------------------
+
+def not_concerned(name, flags):
+    """Why a flag has nothing to say in a run of these flags, in words; "" if it has."""
+    detector, one_to_many = flags["detector"], flags["assign"] == "one-to-many"
+    if name in OPTIONS and name not in options_of(detector, one_to_many):
+        fits = [d for d in NAMES if name in options_of(d)]
+        fits += [f"{d} --assign one-to-many" for d in DENSE
+                 if d not in fits and name in options_of(d, one_to_many=True)]
+        return f"does not concern {detector}; it goes with {', '.join(fits)}"
+    if one_to_many and name in ("class_cost", "location_cost", "lambda_cls", "lambda_l1",
+                                "lambda_iou"):
+        return "does not concern --assign one-to-many, the detector's original rule and losses"
+    if name == "momentum" and flags["optimizer"] != "sgd":
+        return f"does not concern --optimizer {flags['optimizer']}; it goes with sgd"
+    if name in ("warmup_steps", "warmup_factor", "milestones") and flags["schedule"] != "step":
+        return f"does not concern --schedule {flags['schedule']}; it goes with step"
+    if name == "resnet" and flags["backbone"] == "tiny":
+        return "does not concern --backbone tiny; it goes with the ResNets"
+    if name in OWN_FILES and flags["data"] != "custom":
+        return f"names a file of your own: it goes with --data custom, not with {flags['data']}"
+    if name == "data_dir" and flags["data"] == "custom":
+        return "does not concern --data custom, whose files are named one by one"
+    return ""
+
+
+def effective_flags(given):
+    """Every flag in force, from those given on the command line (None: not given) and the recipe.
+
+    Returns (flags, checkpoint): the checkpoint to go on from with --resume, else None.  Raises
+    UsageError by name for flags that do not concern the run, or that changed on --resume.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    saved, checkpoint = {}, None
+    if given["resume"]:
+        if "out" not in given:
+            raise UsageError("--resume needs --out, the folder of the run to go on with")
+        checkpoint = checkpoints.read(Path(given["out"]) / "last.pt")
+        saved = checkpoint.get("args")
+        if not saved:
+            raise checkpoints.CheckpointError(f"{given['out']}/last.pt: not a checkpoint of "
+                                              f"train.py")
+
+    # what names the recipe; own files alone are custom data
+    own = any(name in given for name in OWN_FILES)
+    choice = {"data": "custom" if own else "scenes", "detector": "fcos",
+              "assign": EVERYWHERE["assign"], **saved, **given}
+    values = recipe(choice["data"], choice["detector"], choice["assign"] == "one-to-many")
+    if not saved:
+        flags = {**choice, **values, **given}
+    else:
+        flags = {**values, **saved}
+        changed = [f"{flag(name)} (was {flags.get(name)}, now {value})"
+                   for name, value in given.items() if name not in FREE_ON_RESUME
+                   and value not in (flags.get(name), "auto")]
+        if changed:
+            raise UsageError(f"--resume continues the same run, but these flags changed: "
+                             f"{', '.join(changed)}; leave them out, or start a new run with "
+                             f"--init {given['out']}/last.pt")
+        flags.update({name: value for name, value in given.items() if name in FREE_ON_RESUME})
+    flags.setdefault("class_cost", flags["lambda_cls"])
+
+    for name in given:
+        why = not_concerned(name, flags)
+        if why:
+            raise UsageError(f"{flag(name)} {why}")
+    in_force = {name: flags[name] for name in flags if not not_concerned(name, flags)}
+    return in_force, checkpoint
+
+
+AT_LEAST_1 = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "max_dets",
+              "width", "depth", "layers", "hidden", "queries", "levels", "dynamic", "roi_size",
+              "anchor_scales")
+NOT_NEGATIVE = ("seed", "workers", "eval_every", "extra_levels", "square")
+
+
+def check_flags(flags, world):
+    """Raises UsageError for values that argparse lets through.  world: how many processes."""
+    for name in AT_LEAST_1:
+        if flags.get(name, 1) < 1:
+            raise UsageError(f"{flag(name)} {flags[name]}: must be at least 1")
+    for name in NOT_NEGATIVE:
+        if flags.get(name, 0) < 0:
+            raise UsageError(f"{flag(name)} {flags[name]}: must not be negative")
+    if len(flags.get("neck_widths", [])) > 3:
+        raise UsageError(f"--neck-widths {flags['neck_widths']}: at most three steps lead up from "
+                         f"stride 32")
+    if not flags["lr"] > 0 or not math.isfinite(flags["lr"]):
+        raise UsageError(f"--lr {flags['lr']}: must be positive")
+    if flags["batch_size"] % (world * flags["accumulate"]):
+        raise UsageError(f"--batch-size {flags['batch_size']}: must be a multiple of {world} "
+                         f"process(es) x {flags['accumulate']} micro-batch(es)")
+
+    detector, rule = flags["detector"], flags["assign"]
+    predefined = flags.get("location_cost") == "predefined"
+    if detector not in DENSE and (rule == "one-to-many" or predefined):
+        raise UsageError(f"--detector {detector} has learned object candidates: it knows neither "
+                         f"--assign one-to-many nor --location-cost predefined")
+    # of the group norms; the heads of attention divide both
+    groups = 8 if detector in DENSE and flags.get("width", 0) < 256 else 32
+    if flags.get("width", 0) % groups:
+        raise UsageError(f"--width {flags['width']}: must be a multiple of {groups}")
+    if rule == "one-to-many-points" and detector not in ("fcos", "centernet"):
+        raise UsageError(f"--assign one-to-many-points judges points: it goes with FCOS and "
+                         f"CenterNet, not with --detector {detector}")
+    if rule == "one-to-many-iou" and predefined and detector != "retinanet":
+        raise UsageError("--assign one-to-many-iou with --location-cost predefined compares "
+                         "anchors: it goes with --detector retinanet")
+
+
+def build_arguments(flags, num_classes):
+    """What checkpoints.build needs; it travels in the checkpoint."""
+    detector, original = flags["detector"], flags["assign"] == "one-to-many"
+    build = {"detector": detector, "num_classes": num_classes, "backbone": flags["backbone"],
+             "original": original}
+    if flags["backbone"] != "tiny":
+        # without pre-trained weights there is nothing to freeze; CenterNet trains all, norms too
+        pre_trained = flags["backbone_weights"] != "none" or flags.get("init")
+        train_all = not pre_trained or detector == "centernet"
+        build.update(norm="batch" if train_all else "frozen", freeze=0 if train_all else 2,
+                     resnet=flags["resnet"])
+    return {**build, **{name: flags[name] for name in options_of(detector, original)}}
+
+
+def headline(flags, num_pictures, num_classes):
+    """What this run trains, in the paper's words."""
+    if flags["assign"] == "one-to-many":
+        rule = "its original one-to-many assignment and losses"
+    else:
+        kinds = {"hungarian": "one-to-one", "min-cost": "minimum-cost"}
+        kind, weight = kinds.get(flags["assign"], flags["assign"]), flags["class_cost"]
+        cost = f"{weight:g} x classification cost + " if weight else "location cost only: "
+        location = flags["location_cost"].replace("predefined", "pre-defined")
+        rule = f"{kind} positive sample assignment, matching cost = {cost}{location} location cost"
+    return (f"{NAMES[flags['detector']]} ({flags['backbone']}) with {rule}; {flags['data']}, "
+            f"{num_pictures} pictures, {num_classes} classes, {flags['steps']} steps")
+
+
+def run_name(flags):
+    """The folder of a run without --out, below runs/."""
+    rule = flags["assign"].replace("/", "_").replace(":", "-")
+    if rule != "one-to-many":
+        rule += f"-{flags['location_cost']}-class{flags['class_cost']:g}"
+    return f"{flags['data']}-{flags['detector']}-{rule}"

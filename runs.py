@@ -1,0 +1,240 @@
+"""What a run leaves and how it goes on: folder, logs, random states, signals, processes.
+
+Nothing here knows what is trained.
+"""
+import contextlib
+import csv
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class RunError(ValueError):
+    """A run cannot be started as asked: one sentence that says why."""
+
+
+class TrainingStopped(RuntimeError):
+    """NaN or Inf in the losses, or a strategy that fails: says at which step, for which images."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or a request to end; the checkpoint is written."""
+
+
+# ------------------------------------------------------------------------------------------------
+# processes
+# ------------------------------------------------------------------------------------------------
+
+class Process(NamedTuple):
+    """This training process: its number, how many there are, and where it computes."""
+    rank: int
+    world: int
+    device: str
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def say(self, *words, **options):
+        """Prints in process 0 only."""
+        if self.is_main:
+            print(*words, **options)
+
+
+def join_processes(device=None):
+    """The Process that torchrun's environment, if there is one, and --device describe.
+
+    Raises RunError.
+    """
+    names = ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)
+    world, rank, local = (int(os.environ.get(name, default)) for name, default in names)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if world > 1:
+        if device.startswith("cuda:"):
+            raise RunError(f"--device {device}: with several processes each takes a GPU of its "
+                           f"own; leave --device out")
+        dist.init_process_group("nccl" if "cuda" in device else "gloo")
+    if device == "cuda":
+        device = f"cuda:{local}"                                     # set_device wants an index
+    if "cuda" in device:
+        torch.cuda.set_device(device)
+    return Process(rank, world, device)
+
+
+@contextlib.contextmanager
+def main_first(process):
+    """Process 0 runs the block first, the others once it is done: it draws, downloads, measures."""
+    if not process.is_main:
+        dist.barrier()
+    yield
+    if process.is_main and process.world > 1:
+        dist.barrier()
+
+
+def native_precision(device):
+    """"bf16" where the device computes in bfloat16 natively, so that it is faster, else "fp32"."""
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    cpuinfo = Path("/proc/cpuinfo")          # the only public place to ask: Linux
+    native = cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
+    return "bf16" if native and torch.device(device).type == "cpu" else "fp32"
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Ctrl-C and requests to end only fill a list: the loop ends its step, saves, and stops."""
+    noted = []
+    numbers = signal.SIGINT, signal.SIGTERM
+    old = {n: signal.signal(n, lambda number, frame: noted.append(number)) for n in numbers}
+    try:
+        yield noted
+    finally:
+        for n, handler in old.items():
+            signal.signal(n, handler)
+
+
+# ------------------------------------------------------------------------------------------------
+# the folder
+# ------------------------------------------------------------------------------------------------
+
+def free_name(wanted):
+    """`wanted`, or with -2, -3, ... behind it the first folder that does not exist yet."""
+    path, n = Path(wanted), 1
+    while path.exists():
+        n += 1
+        path = Path(f"{wanted}-{n}")
+    return str(path)
+
+
+def claim_folder(out, name, process):
+    """The folder of a new run: `out`, or a free one in runs/.  The same in all processes.
+
+    Raises RunError if it holds a run already.
+    """
+    chosen = [out or free_name(Path("runs") / name)]
+    if process.world > 1:
+        dist.broadcast_object_list(chosen)
+    if (Path(chosen[0]) / "last.pt").exists():
+        raise RunError(f"--out {chosen[0]} holds a run already; add --resume to go on with it, or "
+                       f"choose another folder")
+    return chosen[0]
+
+
+def write_json(file, content, indent=None):
+    """Written whole or not at all."""
+    file = Path(file)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=indent))
+    temporary.replace(file)
+
+
+class Log:
+    """A CSV file, opened anew for each row.  Rows after `step` are cut off: on resume."""
+
+    def __init__(self, file, step):
+        self.file = Path(file)
+        if self.file.exists():
+            lines = self.file.read_text().splitlines()
+            kept = [line for line in lines[1:] if line and int(line.split(",")[0]) <= step]
+            kept = lines[:1] + kept
+            self.file.write_text("".join(line + "\n" for line in kept) if step else "")
+
+    def row(self, values):
+        new = not self.file.exists() or self.file.stat().st_size == 0
+        with open(self.file, "a", newline="") as stream:
+            writer = csv.DictWriter(stream, values, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                             for name, value in values.items()})
+
+
+# ------------------------------------------------------------------------------------------------
+# going on exactly
+# ------------------------------------------------------------------------------------------------
+
+def random_states(device):
+    """The states of every generator that training draws from, as plain values and tensors."""
+    states = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.device(device).type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states, device):
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def gather(own, process):
+    """What every process has to say, in process 0; None in the others."""
+    if process.world == 1:
+        return [own]
+    shares = [None] * process.world if process.is_main else None
+    dist.gather_object(own, shares)
+    return shares
+
+
+class Progress:
+    """The bar with the time left, and the rows of log.csv: a context around the loop.
+
+    log: a Log, or None in the other processes   images: of one step   every: steps between rows
+    """
+
+    def __init__(self, log, first_step, steps, images, every, process):
+        self.log, self.first_step, self.steps = log, first_step, steps
+        self.images, self.every, self.process = images, every, process
+        self.waited = 0.0                                            # seconds, for data
+        self.began = self.since = time.perf_counter()
+        self.bar = tqdm(total=steps, initial=first_step, disable=None if process.is_main else True,
+                        unit="step", smoothing=0.05)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def fetch(self, batches, count):
+        """The next `count` batches; the time they take is what training waits for data."""
+        start = time.perf_counter()
+        fetched = [next(batches) for _ in range(count)]
+        self.waited += time.perf_counter() - start
+        return fetched
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Around what is not training, so that it does not count in images a second."""
+        self.bar.clear()
+        yield
+        self.since = time.perf_counter()
+
+    def row(self, done, values, lr):
+        """Logs step `done`.  values: the terms of the loss, and the norm of the gradient."""
+        terms = {name: value for name, value in values.items() if name != "gradient_norm"}
+        steps, elapsed = (done - 1) % self.every + 1, time.perf_counter() - self.since
+        row = {"step": done, "loss": sum(terms.values()), **values, "lr": lr,
+               "images_per_second": steps * self.images / elapsed, "seconds_waiting": self.waited}
+        speed = f"{row['images_per_second']:.0f}"
+        parts = ", ".join(f"{name} {value:.3f}" for name, value in terms.items())
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f} ({parts}), {speed} img/s, waited "
+                                 f"{self.waited:.1f} s", refresh=False)
+        if self.log is not None:
+            self.log.row(row)
+            # without a terminal, a line now and then
+            if self.bar.disable and done % (10 * self.every) == 0:
+                pace = (time.perf_counter() - self.began) / (done - self.first_step)
+                print(f"step {done}/{self.steps}  loss {row['loss']:.3f}  {speed} images/s  "
+                      f"{pace * (self.steps - done) / 60:.1f} min left", flush=True)
+        self.waited, self.since = 0.0, time.perf_counter()
