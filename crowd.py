@@ -104,7 +104,8 @@ def crowd_metrics(pictures, detections, max_dets=500):
     pictures: {ID: (persons (G, 4), ignored (I, 4), height, width)}
     detections: {ID: (D, 5)}, xyxy and score; a picture without an entry is one without detections
     """
-    scores, hits, jaccard, total = [], [], [], 0
+    scores, hits, jaccard = [], [], []
+    total = 0
     for name, (persons, ignored, height, width) in pictures.items():
         total += len(persons)
         found = np.asarray(detections.get(name, ()), float).reshape(-1, 5)

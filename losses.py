@@ -222,7 +222,8 @@ def centernet_loss(prediction, targets, matches, num_objects=None, micro_batches
     """
     C, (H, W) = prediction.logits.shape[2], prediction.raw["heat"].shape[2:]
     stride = prediction.strides[0]
-    heats, size, offset, count = [], 0.0, 0.0, 0
+    heats, count = [], 0
+    size = offset = 0.0
     for n, (target, m) in enumerate(zip(targets, matches[0])):
         boxes, q = target["boxes"][m.object] / stride, m.prediction          # (K, 4), (K,)
         cell = torch.stack([q % W, q // W], 1)                               # (K, 2) x, y

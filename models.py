@@ -544,7 +544,8 @@ class OriginalFCOS(Detector):
         return grid_points(x, stride, stride // 2)
 
     def forward(self, images, mask):
-        logits, boxes, centreness, points = [], [], [], []
+        logits, boxes = [], []
+        centreness, points = [], []
         features = self.neck(self.features(images, mask))
         for x, stride, scale in zip(features, self.strides, self.scale):      # (B, width, H, W)
             box_features = self.box_tower(x)

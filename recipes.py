@@ -199,184 +199,156 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+# kinds of flags: a whole number, a number, yes or no
+N = {"type": int, "metavar": "N"}
+X = {"type": float, "metavar": "X"}
+YES = {"action": argparse.BooleanOptionalAction, "default": None}
+
+
 def make_parser(description=None):
     parser = Parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="train.py [--detector D] [--assign A] [--location-cost L] [--class-cost W] "
               "[--data S] [flags below]")
-    yes_or_no = {"action": argparse.BooleanOptionalAction, "default": None}
+    add_paper_flags(parser.add_argument_group("the paper's axes (3.1 to 3.3, Tables 1 and 2)"))
+    data.add_data_flags(parser.add_argument_group("data"))
+    add_optimisation_flags(parser.add_argument_group("optimisation"))
+    add_picture_flags(parser.add_argument_group("pictures"))
+    add_detector_flags(parser.add_argument_group("options of the detectors, of those named"))
+    add_run_flags(parser.add_argument_group("the run"))
+    return parser
 
-    g = parser.add_argument_group("the paper's axes (Sections 3.1 to 3.3, Tables 1 and 2)")
+
+def add_paper_flags(g):
     g.add_argument("--detector", choices=tuple(NAMES), help="which detector (default: fcos)")
-    g.add_argument("--assign", metavar="A",
-                   help="one-to-many: the detector's original rule, form and losses; hungarian "
-                        "(default): one-to-one; or another strategy with the one-to-one form and "
-                        "losses: min-cost, top-k, one-to-many-iou (RetinaNet's rule on anchors, or "
-                        "on predicted boxes), one-to-many-points (FCOS's rule), my.py:my_function")
+    g.add_argument("--assign", metavar="A", help="one-to-many: the detector's original rule, form "
+                   "and losses; hungarian (default): one-to-one; or another strategy with the "
+                   "one-to-one form and losses: min-cost, top-k, one-to-many-iou (RetinaNet's rule "
+                   "on anchors, or on predicted boxes), one-to-many-points (FCOS's rule), "
+                   "my.py:my_function")
     g.add_argument("--location-cost", choices=("predefined", "predicted"),
                    help="between objects and anchors or points, or predicted boxes (default)")
-    g.add_argument("--class-cost", type=float, metavar="W",
-                   help="weight of the classification cost (default: --lambda-cls); 0 gives the "
-                        "'location only' rows, where duplicates return")
+    g.add_argument("--class-cost", **X, help="weight of the classification cost (default: "
+                   "--lambda-cls); 0 gives the 'location only' rows, where duplicates return")
     for name, default in (("cls", "2, DETR 1"), ("l1", "5"), ("iou", "2")):
-        g.add_argument(f"--lambda-{name}", type=float, metavar="W",
-                       help=f"weight of its term in the loss and in the cost, Eq. 1, 4 and 5 "
-                            f"(default: {default})")
+        g.add_argument(f"--lambda-{name}", **X, help="weight of its term in the loss and in the "
+                       f"cost, Eq. 1, 4 and 5 (default: {default})")
 
-    data.add_data_flags(parser.add_argument_group("data"))
 
-    g = parser.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, metavar="N",
-                   help="optimiser steps (scenes: 4500, CenterNet 5000, DETR 8000, Deformable DETR "
-                        "3000, Sparse R-CNN 4000)")
-    g.add_argument("--batch-size", type=int, metavar="N",
-                   help="images per step, over all processes and micro-batches (scenes, coco: 16)")
-    g.add_argument("--accumulate", type=int, metavar="N",
-                   help="micro-batches per step (default 1): less memory, the same step")
+def add_optimisation_flags(g):
+    g.add_argument("--steps", **N, help="optimiser steps (scenes: 4500, CenterNet 5000, DETR 8000, "
+                   "Deformable DETR 3000, Sparse R-CNN 4000)")
+    g.add_argument("--batch-size", **N, help="images per step, over all processes and "
+                   "micro-batches (scenes, coco: 16)")
+    g.add_argument("--accumulate", **N, help="micro-batches per step (default 1): less memory, the "
+                   "same step")
     g.add_argument("--optimizer", choices=("adamw", "sgd"),
                    help="default adamw; the published one-to-many recipes use sgd")
-    g.add_argument("--lr", type=float, help="peak learning rate (scenes: 1e-3, query detectors "
-                                            "5e-4; coco: as published)")
-    g.add_argument("--backbone-lr-factor", type=float, metavar="F",
-                   help="the backbone's learning rate is this times --lr (default 1)")
-    g.add_argument("--weight-decay", type=float, metavar="W",
-                   help="default 1e-4 (0.1: CenterNet and query detectors on scenes, all on "
-                        "crowd); SGD spares norm layers, as published")
-    g.add_argument("--momentum", type=float, help="of SGD (default 0.9)")
-    g.add_argument("--schedule", choices=("step", "one-cycle"),
-                   help="step: linear warm-up, then a tenth at each milestone; one-cycle: up over "
-                        "the first tenth, then down a cosine")
-    g.add_argument("--warmup-steps", type=int, metavar="N",
-                   help="steps until the learning rate is reached (step schedule; coco: 1000)")
-    g.add_argument("--warmup-factor", type=float, metavar="F",
-                   help="of the learning rate at step 0 (step schedule)")
+    g.add_argument("--lr", **X, help="peak learning rate (scenes: 1e-3, query detectors 5e-4; "
+                   "coco: as published)")
+    g.add_argument("--backbone-lr-factor", **X, help="the backbone's learning rate is this times "
+                   "--lr (default 1)")
+    g.add_argument("--weight-decay", **X, help="default 1e-4 (0.1: CenterNet and query detectors "
+                   "on scenes, all on crowd); SGD spares norm layers, as published")
+    g.add_argument("--momentum", **X, help="of SGD (default 0.9)")
+    g.add_argument("--schedule", choices=("step", "one-cycle"), help="step: linear warm-up, then a "
+                   "tenth at each milestone; one-cycle: up for a tenth, then down a cosine")
+    g.add_argument("--warmup-steps", **N, help="step schedule: steps until the learning rate is "
+                   "reached (coco: 1000)")
+    g.add_argument("--warmup-factor", **X, help="step schedule: of the learning rate at step 0")
     g.add_argument("--milestones", type=int, nargs="*", metavar="N",
-                   help="steps at which the learning rate falls to a tenth (step schedule)")
-    g.add_argument("--clip-grad", type=float, metavar="NORM",
-                   help="largest norm of the whole gradient; 0: no clipping")
+                   help="step schedule: steps at which the learning rate falls to a tenth")
+    g.add_argument("--clip-grad", **X, help="largest norm of the whole gradient; 0: no clipping")
 
-    g = parser.add_argument_group("pictures")
+
+def add_picture_flags(g):
     g.add_argument("--train-sizes", type=int, nargs="+", metavar="N",
                    help="shorter sides to choose from in training, pixels")
-    g.add_argument("--train-longest", type=int, metavar="N",
-                   help="limit of the longer side in training")
-    g.add_argument("--test-size", type=int, metavar="N",
-                   help="shorter side in evaluation; 0 keeps each picture's size")
-    g.add_argument("--test-longest", type=int, metavar="N",
-                   help="limit of the longer side in evaluation")
-    g.add_argument("--round-down", **yes_or_no,
-                   help="resize as DETR does, the longer side rounded down")
-    g.add_argument("--flip", type=float, metavar="P",
-                   help="probability of a horizontal flip (default 0.5)")
-    g.add_argument("--crop", type=float, metavar="P",
-                   help="probability of DETR's resize-crop-resize (coco: 0.5)")
-    g.add_argument("--square", type=int, metavar="N",
-                   help="cut squares of random place and size and scale them to N pixels instead, "
-                        "as the original CenterNet does (coco, its one-to-many recipe: 512; else "
-                        "0, off)")
-    g.add_argument("--colours", type=float, metavar="S",
-                   help="vary brightness, contrast and saturation by up to this share (coco, "
-                        "CenterNet one-to-many: 0.4)")
-    g.add_argument("--skip-empty", **yes_or_no,
-                   help="leave pictures without objects out of training (coco, one-to-many "
-                        "RetinaNet and FCOS: yes)")
-    g.add_argument("--workers", type=int, metavar="N",
-                   help="processes that read pictures, per training process (coco: 4, else 0)")
+    g.add_argument("--train-longest", **N, help="limit of the longer side in training")
+    g.add_argument("--test-size", **N, help="shorter side in evaluation; 0 keeps each picture's")
+    g.add_argument("--test-longest", **N, help="limit of the longer side in evaluation")
+    g.add_argument("--round-down", **YES, help="resize as DETR does, the longer side rounded down")
+    g.add_argument("--flip", **X, help="probability of a horizontal flip (default 0.5)")
+    g.add_argument("--crop", **X, help="probability of DETR's resize-crop-resize (coco: 0.5)")
+    g.add_argument("--square", **N, help="cut squares of random place and size and scale them to N "
+                   "pixels instead, as the original CenterNet does (coco: 512; else 0, off)")
+    g.add_argument("--colours", **X, help="vary brightness, contrast and saturation by up to this "
+                   "share (coco, CenterNet one-to-many: 0.4)")
+    g.add_argument("--skip-empty", **YES, help="leave pictures without objects out of training "
+                   "(coco, one-to-many RetinaNet and FCOS: yes)")
+    g.add_argument("--workers", **N, help="processes that read pictures, per training process "
+                   "(coco: 4, else 0)")
 
-    g = parser.add_argument_group("backbone")
+
+def add_detector_flags(g):
+    """The options of the detectors; the published values are the constructors' defaults."""
+    g.add_argument("--width", **N, help="channels of pyramid and towers (RetinaNet, FCOS), or of "
+                   "the queries (published: 256)")
+    g.add_argument("--depth", **N, help="RetinaNet, FCOS: convolutions in a tower (published: 4)")
+    g.add_argument("--extra-levels", **N, help="RetinaNet, FCOS: pyramid levels above the "
+                   "backbone's last map (published: 2, P6 and P7)")
+    g.add_argument("--anchor-scales", **N, help="RetinaNet: sizes of anchors per octave, each in "
+                   "three ratios (published: 3; scenes: 1)")
+    g.add_argument("--delta-weights", type=float, nargs=4, metavar="X",
+                   help="RetinaNet: the head's output is divided by these before it is a delta dx, "
+                   "dy, dw, dh (published: 1 1 1 1; scenes: 10 10 5 5, for smaller steps)")
+    g.add_argument("--tower-norm", **YES, help="RetinaNet: group norm in the towers (scenes: yes)")
+    g.add_argument("--box-prior", **X, help="FCOS, CenterNet: distance from point to box side "
+                   "before training, in strides (scenes: 3; published: 0)")
+    g.add_argument("--neck-widths", type=int, nargs="+", metavar="N",
+                   help="CenterNet: channels of its steps up from stride 32: three (published: 256 "
+                   "128 64; scenes: 128 64 64) end at stride 4, two at stride 8")
+    g.add_argument("--laterals", **YES, help="CenterNet, one-to-many: OneNet's laterals in the "
+                   "original's neck too (scenes: yes, whose coarsest map has 4 x 4 cells)")
+    g.add_argument("--deform", **YES, help="CenterNet: deformable convolutions in its neck "
+                   "(scenes: no)")
+    g.add_argument("--queries", **N, help="DETR, Deformable DETR, Sparse R-CNN: object queries, or "
+                   "proposals (published: 100, 300, 300)")
+    g.add_argument("--layers", **N, help="the same: encoder and decoder layers, or stages "
+                   "(published: 6)")
+    g.add_argument("--hidden", **N, help="the same: width of the feed-forward networks (published: "
+                   "2048, 1024, 2048)")
+    g.add_argument("--dropout", **X, help="DETR, Deformable DETR: in the transformer (published: "
+                   "0.1; scenes: 0)")
+    g.add_argument("--stride", type=int, choices=(8, 16, 32),
+                   help="DETR: stride of the map that is encoded (published: 32; scenes: 16)")
+    g.add_argument("--levels", **N, help="Deformable DETR: levels of the pyramid, counted from the "
+                   "coarsest (published: 4; scenes: 2, strides 16 and 32)")
+    g.add_argument("--refine", **YES, help="Deformable DETR: each layer corrects the boxes of the "
+                   "last (published base form: no; scenes: yes)")
+    g.add_argument("--roi-size", **N, help="Sparse R-CNN: boxes of this side are cut from the "
+                   "third level (published: 224; scenes: 64)")
+    g.add_argument("--dynamic", **N, help="Sparse R-CNN: inner width of the dynamic convolution "
+                   "(published: 64)")
+
+
+def add_run_flags(g):
     g.add_argument("--backbone", choices=checkpoints.BACKBONES,
                    help="tiny is for pictures of about 128 pixels (scenes: tiny; coco: resnet50)")
-    g.add_argument("--backbone-weights", metavar="W",
-                   help="none, imagenet (torchvision's), or a file: a torchvision ResNet or a "
-                        "last.pt")
-    g.add_argument("--resnet", choices=("torchvision", "msra"),
-                   help="whose pre-trained ResNet: torchvision's (RGB, default), or MSRA's (BGR, "
-                        "stride in the first 1x1), which detectron2's and AdelaiDet's one-to-many "
-                        "figures were made with; give its file, converted, as --backbone-weights")
-
-    add_detector_flags(parser, yes_or_no)
-
-    g = parser.add_argument_group("the run")
+    g.add_argument("--backbone-weights", metavar="W", help="none, imagenet (torchvision's), or a "
+                   "file: a torchvision ResNet or a last.pt")
+    g.add_argument("--resnet", choices=("torchvision", "msra"), help="whose pre-trained ResNet: "
+                   "torchvision's (RGB, default), or MSRA's (BGR, stride in the first 1x1), which "
+                   "detectron2's and AdelaiDet's one-to-many figures were made with; give its "
+                   "file, converted, as --backbone-weights")
     g.add_argument("--out", metavar="DIR",
                    help="folder for everything (default: runs/ and a name made of the row)")
     g.add_argument("--resume", action="store_true",
                    help="go on from OUT/last.pt, exactly; flags not given are taken from it")
     g.add_argument("--init", metavar="FILE",
                    help="start from these weights only; what did not fit is listed")
-    g.add_argument("--seed", type=int, help="of weights, order and augmentation (default 0)")
+    g.add_argument("--seed", **N, help="of weights, order and augmentation (default 0)")
     g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    g.add_argument("--precision", choices=("auto", "fp32", "bf16"),
-                   help="bf16 runs the network in bfloat16, costs and losses stay float32; auto: "
-                        "bf16 where the device computes in it natively (scenes, custom: auto; "
-                        "coco: fp32, as published)")
-    g.add_argument("--eval-every", type=int, metavar="N",
-                   help="evaluate every N steps, and always at the end (default 0: only then)")
-    g.add_argument("--max-dets", type=int, metavar="N",
-                   help="detections per image in evaluation (default 100; crowd, crowdhuman: 500, "
-                        "which suits a custom .odgt too)")
-    g.add_argument("--log-every", type=int, metavar="N",
-                   help="steps between rows of log.csv (default 20)")
-    g.add_argument("--checkpoint-every", type=int, metavar="N",
-                   help="steps between checkpoints (default 500; coco: 2500)")
-    return parser
-
-
-def add_detector_flags(parser, yes_or_no):
-    """The options of the detectors; the published value is the constructor's default."""
-    g = parser.add_argument_group("options of the detectors, each for those named")
-    g.add_argument("--width", type=int, metavar="N",
-                   help="channels of pyramid and towers (RetinaNet, FCOS), or of the queries "
-                        "(published: 256)")
-    g.add_argument("--depth", type=int, metavar="N",
-                   help="RetinaNet, FCOS: convolutions in a tower (published: 4)")
-    g.add_argument("--extra-levels", type=int, metavar="N",
-                   help="RetinaNet, FCOS: pyramid levels above the backbone's last map (published: "
-                        "2, P6 and P7)")
-    g.add_argument("--anchor-scales", type=int, metavar="N",
-                   help="RetinaNet: sizes of anchors per octave, each in three ratios (published: "
-                        "3; scenes: 1)")
-    g.add_argument("--delta-weights", type=float, nargs=4, metavar="W",
-                   help="RetinaNet: the head's output is divided by these before it is a delta dx, "
-                        "dy, dw, dh (published: 1 1 1 1; scenes: 10 10 5 5, so that a step of the "
-                        "optimiser moves boxes less)")
-    g.add_argument("--tower-norm", **yes_or_no,
-                   help="RetinaNet: group norm in the towers (scenes: yes; published: no)")
-    g.add_argument("--box-prior", type=float, metavar="D",
-                   help="FCOS, CenterNet: distance from point to box side before training, in "
-                        "strides (scenes: 3; published: 0, where half of the outputs start behind "
-                        "their ReLU)")
-    g.add_argument("--neck-widths", type=int, nargs="+", metavar="N",
-                   help="CenterNet: channels of its steps up from stride 32: three (published: 256 "
-                        "128 64; scenes: 128 64 64) end at stride 4, two at stride 8")
-    g.add_argument("--laterals", **yes_or_no,
-                   help="CenterNet, one-to-many: OneNet's laterals in the original's neck too "
-                        "(published: no; scenes: yes, whose coarsest map has 4 x 4 cells)")
-    g.add_argument("--deform", **yes_or_no,
-                   help="CenterNet: deformable convolutions in its neck (published: yes; scenes: "
-                        "no)")
-    g.add_argument("--queries", type=int, metavar="N",
-                   help="DETR, Deformable DETR, Sparse R-CNN: object queries, or proposals "
-                        "(published: 100, 300, 300)")
-    g.add_argument("--layers", type=int, metavar="N",
-                   help="the same: encoder and decoder layers, or stages (published: 6)")
-    g.add_argument("--hidden", type=int, metavar="N",
-                   help="the same: width of the feed-forward networks (published: 2048, 1024, "
-                        "2048)")
-    g.add_argument("--dropout", type=float, metavar="P",
-                   help="DETR, Deformable DETR: in the transformer (published: 0.1; scenes: 0)")
-    g.add_argument("--stride", type=int, choices=(8, 16, 32),
-                   help="DETR: stride of the map that is encoded (published: 32; scenes: 16)")
-    g.add_argument("--levels", type=int, metavar="N",
-                   help="Deformable DETR: levels of the pyramid, counted from the coarsest "
-                        "(published: 4; scenes: 2, strides 16 and 32)")
-    g.add_argument("--refine", **yes_or_no,
-                   help="Deformable DETR: each layer corrects the boxes of the last (published "
-                        "base form: no; scenes: yes)")
-    g.add_argument("--roi-size", type=int, metavar="N",
-                   help="Sparse R-CNN: boxes of this side are cut from the third level (published: "
-                        "224; scenes: 64)")
-    g.add_argument("--dynamic", type=int, metavar="N",
-                   help="Sparse R-CNN: inner width of the dynamic convolution (published: 64)")
+    g.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="bf16 runs the network in "
+                   "bfloat16, costs and losses stay float32; auto: bf16 where the device computes "
+                   "in it natively (scenes, custom: auto; coco: fp32, as published)")
+    g.add_argument("--eval-every", **N, help="evaluate every N steps, and always at the end "
+                   "(default 0: only then)")
+    g.add_argument("--max-dets", **N, help="detections per image in evaluation (default 100; "
+                   "crowd, crowdhuman: 500, which suits a custom .odgt too)")
+    g.add_argument("--log-every", **N, help="steps between rows of log.csv (default 20)")
+    g.add_argument("--checkpoint-every", **N, help="steps between checkpoints (default 500; coco: "
+                   "2500)")
 
 
 def names_of(add_flags):
@@ -386,8 +358,7 @@ def names_of(add_flags):
     return set(vars(parser.parse_args([])))
 
 
-OPTIONS = names_of(lambda parser: add_detector_flags(
-    parser, {"action": argparse.BooleanOptionalAction, "default": None}))
+OPTIONS = names_of(add_detector_flags)
 OWN_FILES = ("train_json", "train_images", "val_json", "val_images")
 FREE_ON_RESUME = {"out", "resume", "init", "device", "workers", "log_every", "checkpoint_every"}
 
@@ -445,7 +416,11 @@ def effective_flags(given):
     own = any(name in given for name in OWN_FILES)
     choice = {"data": "custom" if own else "scenes", "detector": "fcos",
               "assign": EVERYWHERE["assign"], **saved, **given}
-    values = recipe(choice["data"], choice["detector"], choice["assign"] == "one-to-many")
+    detector, one_to_many = choice["detector"], choice["assign"] == "one-to-many"
+    if detector not in DENSE and (one_to_many or choice.get("location_cost") == "predefined"):
+        raise UsageError(f"--detector {detector} has learned object candidates: it knows neither "
+                         f"--assign one-to-many nor --location-cost predefined")
+    values = recipe(choice["data"], detector, one_to_many)
     if not saved:
         flags = {**choice, **values, **given}
     else:
@@ -493,9 +468,6 @@ def check_flags(flags, world):
 
     detector, rule = flags["detector"], flags["assign"]
     predefined = flags.get("location_cost") == "predefined"
-    if detector not in DENSE and (rule == "one-to-many" or predefined):
-        raise UsageError(f"--detector {detector} has learned object candidates: it knows neither "
-                         f"--assign one-to-many nor --location-cost predefined")
     # of the group norms; the heads of attention divide both
     groups = 8 if detector in DENSE and flags.get("width", 0) < 256 else 32
     if flags.get("width", 0) % groups:

@@ -1,0 +1,223 @@
+"""The flags: the published values for every row, and a clear word for what cannot be followed."""
+import json
+
+import pytest
+
+import checkpoints
+import recipes
+import train
+from test_train import fails, flags                                  # noqa: F401 (a fixture)
+
+
+# The fact sheet's training tables:
+# detector, one-to-many -> what the configuration files say.
+PUBLISHED = {
+    ("retinanet", False): dict(
+        steps=270_000, batch_size=16, optimizer="adamw", lr=4e-5, weight_decay=1e-4,
+        milestones=[210_000, 250_000], warmup_steps=1000, warmup_factor=0.01, clip_grad=1.0,
+        train_sizes=list(range(640, 897, 32)), train_longest=1500, crop=0.5, flip=0.5,
+        test_size=800, test_longest=1333, skip_empty=False,
+        width=256, depth=4, extra_levels=2, anchor_scales=3, tower_norm=False,
+        delta_weights=[1, 1, 1, 1], backbone="resnet50", backbone_lr_factor=1),
+    ("fcos", False): dict(
+        steps=270_000, batch_size=16, lr=4e-5, clip_grad=1.0,
+        crop=0.5, train_longest=1500, test_size=800, box_prior=0),
+    ("centernet", False): dict(
+        steps=270_000, batch_size=64, optimizer="adamw", lr=5e-5,
+        milestones=[210_000, 250_000], clip_grad=1.0,
+        train_sizes=[416, 448, 480, 512], train_longest=853, crop=0.5,
+        test_size=512, test_longest=853,
+        deform=True, neck_widths=[256, 128, 64], box_prior=0),
+    ("retinanet", True): dict(
+        steps=90_000, batch_size=16, optimizer="sgd", momentum=0.9, lr=0.01, weight_decay=1e-4,
+        milestones=[60_000, 80_000], warmup_steps=1000, warmup_factor=0.001, clip_grad=0,
+        train_sizes=list(range(640, 801, 32)), train_longest=1333, crop=0, flip=0.5,
+        square=0, colours=0, skip_empty=True, test_size=800, test_longest=1333),
+    ("fcos", True): dict(
+        steps=90_000, batch_size=16, optimizer="sgd", lr=0.01,
+        milestones=[60_000, 80_000], clip_grad=0,
+        train_sizes=[800], train_longest=1333, crop=0, skip_empty=True),
+    ("centernet", True): dict(
+        steps=126_000, batch_size=128, optimizer="sgd", lr=0.02, weight_decay=1e-4,
+        milestones=[81_000, 108_000], warmup_steps=1000, clip_grad=0,
+        square=512, colours=0.4, crop=0, flip=0.5, test_size=0, deform=True),
+    ("detr", False): dict(
+        steps=554_400, batch_size=64, optimizer="adamw", lr=1e-4, backbone_lr_factor=0.1,
+        weight_decay=1e-4, clip_grad=0.1, milestones=[369_600], warmup_steps=0,
+        train_sizes=list(range(480, 801, 32)), train_longest=1333, crop=0.5, round_down=True,
+        test_size=800, test_longest=1333, lambda_cls=1,
+        queries=100, layers=6, hidden=2048, width=256, dropout=0.1, stride=32),
+    ("deformable-detr", False): dict(
+        batch_size=32, lr=2e-4, backbone_lr_factor=0.1, clip_grad=0.1, warmup_steps=0,
+        round_down=True, lambda_cls=2,
+        queries=300, hidden=1024, levels=4, refine=False),
+    ("sparse-rcnn", False): dict(
+        steps=270_000, batch_size=16, optimizer="adamw", lr=2.5e-5, backbone_lr_factor=1,
+        milestones=[210_000, 250_000], warmup_steps=1000, warmup_factor=0.01, clip_grad=1.0,
+        train_sizes=list(range(480, 801, 32)), train_longest=1333, crop=0.5, round_down=False,
+        lambda_cls=2, queries=300, hidden=2048, dynamic=64, roi_size=224),
+}
+
+
+@pytest.mark.parametrize("detector, one_to_many", PUBLISHED)
+def test_cocos_recipes_are_the_published_ones(detector, one_to_many):
+    found = recipes.recipe("coco", detector, one_to_many)
+    for name, value in PUBLISHED[detector, one_to_many].items():
+        assert found[name] == value, name
+
+
+@pytest.mark.parametrize("detector, one_to_many, epochs", [
+    ("retinanet", False, 36.5),
+    ("centernet", False, 146.1),
+    ("fcos", True, 12.2),
+    ("centernet", True, 136.3),
+    ("detr", False, 300.0),
+    ("deformable-detr", False, 50.0),
+    ("sparse-rcnn", False, 36.5),
+])
+def test_the_recipes_last_as_long_as_published(detector, one_to_many, epochs):
+    """Steps times batch over COCO's 118,287 training pictures."""
+    found = recipes.recipe("coco", detector, one_to_many)
+    assert found["steps"] * found["batch_size"] / 118_287 == pytest.approx(epochs, abs=0.06)
+
+
+def test_bad_flags_are_told_by_name(tiny_scenes, tmp_path, fails):
+    out = {"out": tmp_path / "run"}
+    points = {"detector": "retinanet", "assign": "one-to-many-points"}
+    predefined = {"detector": "sparse-rcnn", "location-cost": "predefined"}
+    coco = ["--data", "coco", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
+
+    fails(flags(tiny_scenes, **out, assign="cheapest"), "cheapest", "hungarian")
+    fails(flags(tiny_scenes, **out, assign="missing.py:f"), "missing.py")
+    fails(flags(tiny_scenes, **out, **{"batch-size": 5, "accumulate": 2}), "--batch-size", "5")
+    fails(flags(tiny_scenes, **out, lr=-1), "--lr")
+    fails(flags(tiny_scenes, **out, assign="one-to-many", **{"class-cost": 0}), "--class-cost")
+    fails(flags(tiny_scenes, **out, detector="yolo"), "yolo")
+    fails(flags(tiny_scenes, **out, **points), "one-to-many-points", "FCOS")
+    fails(flags(tiny_scenes, **out, seed=-1), "--seed")
+    fails(flags(tiny_scenes, **out, detector="detr", layers=0), "--layers")
+    fails(flags(tiny_scenes, **{**out, "width": 100}), "--width", "multiple")
+    fails(flags(tiny_scenes, **out, detector="detr", assign="one-to-many"),
+          "--detector detr", "one-to-many")
+    fails(flags(tiny_scenes, **out, **predefined), "sparse-rcnn", "predefined")
+    fails(flags(tiny_scenes, **out, **{"train-json": tmp_path / "none.json"}), "none.json")
+    fails(coco, "instances_train2017.json", "download")
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# a flag concerns the run, or is refused by name
+# ------------------------------------------------------------------------------------------------
+
+GIVEN = {       # a value for each option of a detector, and whose constructors know it
+    "width": (16, "retinanet fcos detr deformable-detr sparse-rcnn"),
+    "depth": (1, "retinanet fcos"),
+    "extra-levels": (1, "retinanet fcos"),
+    "anchor-scales": (2, "retinanet"),
+    "box-prior": (2, "fcos centernet"),
+    "neck-widths": (32, "centernet"),
+    "queries": (5, "detr deformable-detr sparse-rcnn"),
+    "layers": (1, "detr deformable-detr sparse-rcnn"),
+    "hidden": (8, "detr deformable-detr sparse-rcnn"),
+    "dropout": (0.5, "detr deformable-detr"),
+    "stride": (16, "detr"),
+    "levels": (2, "deformable-detr"),
+    "roi-size": (32, "sparse-rcnn"),
+    "dynamic": (8, "sparse-rcnn"),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("detector", recipes.NAMES)
+def test_an_option_goes_with_its_detectors_only(detector, name):
+    """The list is the fact sheet's: which detector has towers, a neck, queries, proposals."""
+    value, whose = GIVEN[name]
+    arguments = ["--detector", detector, f"--{name}", str(value)]
+    given = vars(recipes.make_parser().parse_args(arguments))
+    key = name.replace("-", "_")
+    if detector in whose.split():
+        found, _ = recipes.effective_flags(given)
+        assert found[key] == ([value] if name == "neck-widths" else value)
+    else:
+        with pytest.raises(recipes.UsageError) as refused:
+            recipes.effective_flags(given)
+        fits = ", ".join(d for d in recipes.NAMES if d in whose.split())
+        assert str(refused.value) == f"--{name} does not concern {detector}; it goes with {fits}"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--laterals"],
+     "--laterals does not concern fcos; it goes with centernet --assign one-to-many"),
+    (["--momentum", "0.5"], "--momentum does not concern --optimizer adamw"),
+    (["--milestones", "5"], "--milestones does not concern --schedule one-cycle"),
+    (["--warmup-steps", "5"], "--warmup-steps does not concern --schedule one-cycle"),
+    (["--resnet", "msra"], "--resnet does not concern --backbone tiny"),
+    (["--assign", "one-to-many", "--lambda-iou", "1"], "--lambda-iou does not concern"),
+    (["--data", "coco", "--train-json", "a.json"], "--train-json names a file of your own"),
+    (["--data", "scenes", "--val-images", "a"], "--val-images names a file of your own"),
+    (["--data", "custom", "--data-dir", "a"], "--data-dir does not concern --data custom"),
+])
+def test_a_flag_without_effect_is_refused_by_name(arguments, words):
+    given = vars(recipes.make_parser().parse_args(arguments))
+    with pytest.raises(recipes.UsageError) as refused:
+        recipes.effective_flags(given)
+    assert str(refused.value).startswith(words)
+
+
+def test_files_of_ones_own_are_custom_data():
+    arguments = ["--train-json", "a", "--train-images", "b", "--val-json", "c", "--val-images", "d"]
+    found, _ = recipes.effective_flags(vars(recipes.make_parser().parse_args(arguments)))
+    assert found["data"] == "custom"
+    assert found["train_sizes"] == recipes.RECIPES["custom"][""]["train_sizes"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--epochs", "3"], "--steps"),
+    (["--num-workers", "2"], "--workers"),
+    (["--detectr", "fcos"], "--detector"),
+    (["--class-costs=0"], "--class-cost"),
+])
+def test_an_unknown_flag_gets_a_suggestion(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and arguments[0].split("=")[0] in said[-1] and words in said[-1]
+
+
+def test_help_opens_with_one_line_and_the_papers_axes(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = capsys.readouterr().out
+    assert said.splitlines()[0].startswith("usage: train.py") and said.splitlines()[1] == ""
+    axes = [said.index(f"  --{name} ") for name in ("detector", "assign", "location-cost",
+                                                    "class-cost", "lambda-cls", "data", "steps")]
+    assert axes == sorted(axes)
+
+
+def test_only_flags_in_force_are_saved(tiny_scenes, tmp_path):
+    train.main(flags(tiny_scenes, steps=1, out=tmp_path / "run"))
+    saved = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert not {"queries", "anchor_scales", "momentum", "milestones", "resnet", "init"} & set(saved)
+    assert saved["class_cost"] == saved["lambda_cls"] == 2
+    assert (saved["lambda_l1"], saved["lambda_iou"]) == (5, 2)
+
+
+def test_the_lambdas_weigh_the_loss_and_the_cost(tiny_scenes, tmp_path):
+    """Twice the three lambdas: the same positives, and twice the loss, at the first step."""
+    def first_loss(name, **more):
+        train.main(flags(tiny_scenes, steps=1, out=tmp_path / name, **more))
+        return float((tmp_path / name / "log.csv").read_text().splitlines()[1].split(",")[1])
+
+    once = first_loss("once")
+    twice = first_loss("twice", **{"lambda-cls": 4, "lambda-l1": 10, "lambda-iou": 4})
+    assert twice == pytest.approx(2 * once, rel=1e-4)
+
+
+@pytest.mark.parametrize("detector", recipes.NAMES)
+def test_what_is_built_is_what_the_constructor_knows(detector):
+    """An option is said in the constructor and in the parser: the two lists must be one."""
+    found = recipes.recipe("scenes", detector)
+    flags = {**found, "detector": detector}
+    build = recipes.build_arguments(flags, 6)
+    model = checkpoints.build(**build)
+    assert type(model).__name__.lower() == detector.replace("-", "")
