@@ -137,6 +137,14 @@ def to_device(targets, device):
             for t in targets]
 
 
+def distributed(model, process):
+    """The model, or a wrapper that averages the gradients of all processes."""
+    if process.world == 1:
+        return model
+    gpu = [torch.device(process.device).index] if "cuda" in process.device else None
+    return DistributedDataParallel(model, broadcast_buffers=False, device_ids=gpu)
+
+
 class Numbers:
     """The losses of a step, left on the device until somebody needs them: reading waits for it."""
 
@@ -272,10 +280,7 @@ def train(flags, checkpoint, given, process):
     optimizer = make_optimizer(model, flags, device)
     if checkpoint:
         restore(checkpoint, model, loss, optimizer, process)
-    network = model
-    if process.world > 1:
-        gpu = [torch.device(device).index] if "cuda" in device else None
-        network = DistributedDataParallel(model, broadcast_buffers=False, device_ids=gpu)
+    network = distributed(model, process)
 
     # Folder and batches:
     log, eval_log = open_folder(flags, checkpoint, given, train_pictures, process)
