@@ -117,14 +117,14 @@ def ask(assign, cost, image):
     if q.dtype != torch.long or g.dtype != torch.long:
         raise AssignError(f"{who} must return long vectors (use .long()); it returned {q.dtype} "
                           f"and {g.dtype}")
-    q, g = torch.stack([q.to(g.device), g]).cpu()
-    if len(q) and not (0 <= q.min() and q.max() < Q and IGNORE <= g.min() and g.max() < G):
+    q, g = pairs = torch.stack([q.to(g.device), g]).cpu().numpy()            # (2, K)
+    if len(q) and ((pairs.min(1) < (0, IGNORE)) | (pairs.max(1) >= (Q, G))).any():
         raise AssignError(f"{who} returned a prediction outside 0...{Q - 1} or an object outside "
                           f"0...{G - 1}")
 
     positive = g != IGNORE
     parts = q[positive], g[positive], q[~positive]
-    return Match(*(part.to(cost.device, non_blocking=True) for part in parts))
+    return Match(*(torch.from_numpy(part).to(cost.device) for part in parts))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -144,14 +144,15 @@ def hungarian(cost):
     # more.  Values and row numbers travel to the host in one copy, both exact in float64.
     values, rows = cost.topk(min(cost.shape), dim=0, largest=False)          # (min(Q, G), G)
     values, rows = torch.stack([values.double(), rows.double()]).cpu().numpy()
-    used, at = np.unique(rows, return_inverse=True)
+    used = np.unique(rows)
 
     # scipy cannot leave an object without a prediction: a forbidden pair is dearer than any set of
     # allowed ones, so that it is taken only where nothing else is left, and dropped then
     allowed = np.isfinite(values)
     forbidden = 1e3 + 4 * np.abs(values[allowed]).max(initial=0.0) * (1 + cost.shape[1])
     small = np.full((len(used), cost.shape[1]), forbidden)
-    np.put_along_axis(small, at.reshape(rows.shape), np.where(allowed, values, forbidden), 0)
+    of_object = np.arange(cost.shape[1])
+    small[np.searchsorted(used, rows), of_object] = np.where(allowed, values, forbidden)
 
     q, g = linear_sum_assignment(small)
     keep = small[q, g] < forbidden
@@ -295,7 +296,7 @@ def classification_cost(logits, labels, alpha=0.25, gamma=2.0, eps=1e-8):
     It is the change in focal loss when q stops being background and becomes g's class: pay the
     positive term, get the negative one back.  Without it duplicates return (Table 2).
     """
-    p = logits.float().sigmoid()[:, labels]                          # (Q, G)
+    p = logits.float()[:, labels].sigmoid()                          # (Q, G)
     as_object = alpha * (1 - p) ** gamma * -(p + eps).log()
     as_background = (1 - alpha) * p ** gamma * -(1 - p + eps).log()
     return as_object - as_background

@@ -236,8 +236,11 @@ def open_folder(flags, checkpoint, given, train_pictures, process):
     """The run's folder, and what is said and written before the first step.  Returns its logs."""
     out, classes = Path(flags["out"]), train_pictures.annotations
     process.say(recipes.headline(flags, len(classes), len(classes.class_names)))
-    process.say("  " + ("  ".join(f"--{name} {value}" for name, value in given.items())
-                        or "no flag given: all as the recipe has it; --help explains them"))
+    words = [" ".join([recipes.flag(name), *map(str, value if type(value) is list else [value])])
+             for name, value in given.items()]
+    process.say(f"  given: {'  '.join(words) or 'no flags, all as the recipe has it (--help)'}")
+    process.say(f"  writing to {out}" + (f", going on from step {checkpoint['step']}" if checkpoint
+                                         else ""))
     if not process.is_main:
         return None, None
     out.mkdir(parents=True, exist_ok=True)
@@ -364,7 +367,8 @@ def main(argv=None):
         losses.row(flags)                    # a wrong name is told before anything is written
         if not checkpoint:
             flags["out"] = runs.claim_folder(flags.get("out"), recipes.run_name(flags), process)
-        repeat = {name: value for name, value in given.items() if value not in (None, False)}
+        repeat = {name: value for name, value in given.items()
+                  if value is not None and name not in ("resume", "out")}
         result = train(flags, checkpoint, repeat, process)
     except (Interrupted, KeyboardInterrupt) as message:
         if process is None or process.is_main:
