@@ -48,6 +48,27 @@ def add_data_flags(group, train=True):
                             "and say how many, instead of stopping")
 
 
+OWN_FILES = ("train_json", "train_images", "val_json", "val_images")
+
+
+def data_set(given, default):
+    """The data set that flags ask for: --data, or custom if they name files alone, or the default.
+
+    given: dict of the flags of add_data_flags, None or absent where not given.  Raises DataError
+    by name for a flag that goes with another data set.
+    """
+    own = [name for name in OWN_FILES if given.get(name) is not None]
+    chosen = given.get("data") or ("custom" if own else default)
+    if own and chosen != "custom":
+        flag = "--" + own[0].replace("_", "-")
+        raise annotations.DataError(f"{flag} names a file of your own: it goes with --data custom, "
+                                    f"not with {chosen}")
+    if chosen == "custom" and given.get("data_dir") is not None:
+        raise annotations.DataError("--data-dir does not concern --data custom, whose files are "
+                                    "named one by one")
+    return chosen
+
+
 def locate(flags, split):
     """(annotation file, image folder) of a split, "train" or "val".
 

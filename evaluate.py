@@ -240,7 +240,8 @@ def run_results(args):
 
 
 def run_annotations(args):
-    flags = {**data_flags(args), "data": args.data or "crowd"}
+    given = data_flags(args)
+    flags = {**given, "data": data.data_set(given, "crowd")}
     file, folder = data.locate(flags, "val")
     if not file.endswith(".odgt"):
         raise annotations.DataError(f"{file}: annotations are compared on CrowdHuman's files: "
@@ -259,9 +260,10 @@ def run_checkpoint(args):
 
     # the data it was validated on, unless other data are named
     given = data_flags(args)
-    same = given["data"] in (None, trained.get("data"))
-    known = {key: trained.get(key) for key in given} if same else {}
-    flags = {**known, **{key: value for key, value in given.items() if value is not None}}
+    chosen = data.data_set(given, trained.get("data"))
+    known = {key: trained.get(key) for key in given} if chosen == trained.get("data") else {}
+    flags = {**known, **{key: value for key, value in given.items() if value is not None},
+             "data": chosen}
     file, folder = data.locate(flags, "val")
     truth = annotations.read_annotations(file, folder, bool(flags.get("drop_bad_boxes")))
     if truth.class_names != checkpoint["class_names"]:

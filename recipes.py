@@ -359,7 +359,6 @@ def names_of(add_flags):
 
 
 OPTIONS = names_of(add_detector_flags)
-OWN_FILES = ("train_json", "train_images", "val_json", "val_images")
 FREE_ON_RESUME = {"out", "resume", "init", "device", "workers", "log_every", "checkpoint_every"}
 
 
@@ -388,10 +387,6 @@ def not_concerned(name, flags):
         return f"does not concern --schedule {flags['schedule']}; it goes with step"
     if name == "resnet" and flags["backbone"] == "tiny":
         return "does not concern --backbone tiny; it goes with the ResNets"
-    if name in OWN_FILES and flags["data"] != "custom":
-        return f"names a file of your own: it goes with --data custom, not with {flags['data']}"
-    if name == "data_dir" and flags["data"] == "custom":
-        return "does not concern --data custom, whose files are named one by one"
     return ""
 
 
@@ -399,7 +394,8 @@ def effective_flags(given):
     """Every flag in force, from those given on the command line (None: not given) and the recipe.
 
     Returns (flags, checkpoint): the checkpoint to go on from with --resume, else None.  Raises
-    UsageError by name for flags that do not concern the run, or that changed on --resume.
+    UsageError by name for flags that do not concern the run, or that changed on --resume, and
+    DataError for those of another data set.
     """
     given = {name: value for name, value in given.items() if value is not None}
     saved, checkpoint = {}, None
@@ -412,10 +408,9 @@ def effective_flags(given):
             raise checkpoints.CheckpointError(f"{given['out']}/last.pt: not a checkpoint of "
                                               f"train.py")
 
-    # what names the recipe; own files alone are custom data
-    own = any(name in given for name in OWN_FILES)
-    choice = {"data": "custom" if own else "scenes", "detector": "fcos",
-              "assign": EVERYWHERE["assign"], **saved, **given}
+    # what names the recipe
+    choice = {"detector": "fcos", "assign": EVERYWHERE["assign"], **saved, **given,
+              "data": data.data_set(given, saved.get("data", "scenes"))}
     detector, one_to_many = choice["detector"], choice["assign"] == "one-to-many"
     if detector not in DENSE and (one_to_many or choice.get("location_cost") == "predefined"):
         raise UsageError(f"--detector {detector} has learned object candidates: it knows neither "

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+import annotations
 import checkpoints
 import recipes
 import train
@@ -153,13 +154,23 @@ def test_an_option_goes_with_its_detectors_only(detector, name):
     (["--warmup-steps", "5"], "--warmup-steps does not concern --schedule one-cycle"),
     (["--resnet", "msra"], "--resnet does not concern --backbone tiny"),
     (["--assign", "one-to-many", "--lambda-iou", "1"], "--lambda-iou does not concern"),
-    (["--data", "coco", "--train-json", "a.json"], "--train-json names a file of your own"),
-    (["--data", "scenes", "--val-images", "a"], "--val-images names a file of your own"),
-    (["--data", "custom", "--data-dir", "a"], "--data-dir does not concern --data custom"),
 ])
 def test_a_flag_without_effect_is_refused_by_name(arguments, words):
     given = vars(recipes.make_parser().parse_args(arguments))
     with pytest.raises(recipes.UsageError) as refused:
+        recipes.effective_flags(given)
+    assert str(refused.value).startswith(words)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--data", "coco", "--train-json", "a.json"], "--train-json names a file of your own"),
+    (["--data", "scenes", "--val-images", "a"], "--val-images names a file of your own"),
+    (["--data", "custom", "--data-dir", "a"], "--data-dir does not concern --data custom"),
+    (["--val-json", "a.json", "--data-dir", "a"], "--data-dir does not concern --data custom"),
+])
+def test_a_flag_of_another_data_set_is_refused_by_name(arguments, words):
+    given = vars(recipes.make_parser().parse_args(arguments))
+    with pytest.raises(annotations.DataError) as refused:
         recipes.effective_flags(given)
     assert str(refused.value).startswith(words)
 
