@@ -1,28 +1,26 @@
-"""Are the detectors those of the published recipes?  Do they refuse weights of something else?
+"""Are the dense detectors those of the published recipes?
 
 torchvision's own detectors and operators, and numbers from the recipes, are the judges.
 """
 import collections
-import contextlib
+import inspect
 import math
-import os
-import pickle
 
 import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
-import torchvision
 from hypothesis import given, strategies as st
 from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import nms
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
+import checkpoints
 import models
-from models import CheckpointError, Prediction
+from models import Prediction
 
-every_detector = pytest.mark.parametrize("detector", models.DENSE)
+every_detector = pytest.mark.parametrize("detector", ["retinanet", "centernet", "fcos"])
 # of FCOS and RetinaNet: P3 to P7
 STRIDES = (8, 16, 32, 64, 128)
 every_form = pytest.mark.parametrize("original", [False, True], ids=["one-to-one", "original"])
@@ -31,17 +29,23 @@ every_form = pytest.mark.parametrize("original", [False, True], ids=["one-to-one
 def small(detector, original=False, backbone="tiny", num_classes=3, **options):
     """An untrained detector that is quick to run."""
     torch.manual_seed(0)
-    slim = {"widths": (16, 16, 16)} if detector == "centernet" else {"width": 32, "depth": 1}
+    slim = {"width": 32, "depth": 1}
+    if detector == "centernet":
+        slim = {"neck_widths": (16, 16, 16)}
     options = {**slim, **options}
-    return models.build(detector, num_classes, backbone, original=original, **options).eval()
+    return checkpoints.build(detector, num_classes, backbone, original, **options).eval()
 
 
-def run(model, height=64, width=96, B=2):
-    """The prediction for random images without padding."""
-    images = torch.randint(0, 256, (B, 3, height, width), dtype=torch.uint8,
-                           generator=torch.Generator().manual_seed(1))
+def pictures(height=64, width=96, B=2):
+    return torch.randint(0, 256, (B, 3, height, width), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(1))
+
+
+def run(model, images=None):
+    """The prediction for images, random ones if none are given, without padding."""
+    images = pictures() if images is None else images
     with torch.no_grad():
-        return model(images, torch.zeros(B, height, width, dtype=torch.bool))
+        return model(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool))
 
 
 def constant(conv, values):
@@ -75,15 +79,16 @@ def test_retinanet_anchors_agree_with_a_slow_loop():
     model = small("retinanet")
     prediction = run(model)
     assert model.strides == STRIDES
-    for level, s in enumerate(model.strides):
+    for s in model.strides:
         expected = slow_anchors(math.ceil(64 / s), math.ceil(96 / s), s)
-        torch.testing.assert_close(prediction.candidates[prediction.levels == level], expected,
+        torch.testing.assert_close(prediction.candidates[prediction.strides == s], expected,
                                    atol=1e-3, rtol=1e-5)
 
 
 def test_the_first_anchors_of_p3():
     """Width x height for a size of 32: 45.255 x 22.627, 32 x 32, 22.627 x 45.255."""
-    first = small("retinanet").anchors(torch.zeros(1, 1, 2, 2), 8)[:3]
+    images = torch.zeros(1, 3, 16, 16)
+    first = small("retinanet").anchors(torch.zeros(1, 1, 2, 2), 8, images)[:3]
     expected = torch.tensor([[45.255, 22.627], [32, 32], [22.627, 45.255]])
     torch.testing.assert_close(first[:, 2:] - first[:, :2], expected, atol=1e-3, rtol=0)
     assert (first[:, 2:] + first[:, :2] == 0).all()
@@ -169,13 +174,15 @@ def test_all_outputs_are_in_the_order_of_the_candidates(detector, original):
     assert (prediction.logits == cell[:, None]).all()
     for key in {"deltas", "centreness", "size", "offset"} & prediction.raw.keys():
         assert (prediction.raw[key].view(2, len(cell), -1) == cell[:, None]).all()
+    if "heat" in prediction.raw:
+        assert torch.equal(prediction.raw["heat"].flatten(2).mT, prediction.logits)
 
     if detector == "retinanet":
         deltas = cell[:, None].repeat(1, 4)
         expected = BoxCoder((1, 1, 1, 1)).decode_single(deltas, prediction.candidates)
         torch.testing.assert_close(prediction.boxes[0], expected)
     elif not (detector == "centernet" and original):
-        unit = torch.tensor(model.strides)[prediction.levels] if detector == "fcos" else 1
+        unit = prediction.strides if detector == "fcos" else 1
         down = prediction.boxes[0, :, 3] - prediction.candidates[:, 3]
         torch.testing.assert_close(down, cell * unit)
 
@@ -189,7 +196,8 @@ def test_fcos_predicts_distances_in_strides(original):
     constant(model.ltrb, [1, 2, 3, -4])
     model.scale.data = torch.tensor([1, 2, 1, 0.5, 1])
     prediction = run(model)
-    s = torch.tensor([8, 16 * 2, 32, 64 / 2, 128])[prediction.levels]
+    of_stride = {8: 8, 16: 16 * 2, 32: 32, 64: 64 / 2, 128: 128}
+    s = torch.tensor([of_stride[stride] for stride in prediction.strides.tolist()])
     x, y = prediction.candidates[:, 0], prediction.candidates[:, 1]
     assert torch.equal(prediction.boxes[1], torch.stack([x - s, y - 2 * s, x + 3 * s, y], 1))
 
@@ -216,23 +224,25 @@ def test_original_centernet_predicts_size_and_offset_in_cells():
 
 def test_a_centernet_of_two_steps_has_stride_8():
     """Its points lie 8 pixels apart, and so its cells are 8 pixels wide."""
-    model = small("centernet", original=True, widths=(16, 16))
+    model = small("centernet", original=True, neck_widths=(16, 16))
     constant(model.size[-1], [2, 3])
     constant(model.offset[-1], [0.5, 0.5])
     prediction = run(model)
     expected = [[x, y, x, y] for y in range(4, 64, 8) for x in range(4, 96, 8)]
     assert model.strides == (8,)
-    assert prediction.raw["grid"] == (8, 12) and prediction.raw["stride"] == 8
+    assert prediction.raw["heat"].shape[-2:] == (8, 12) and (prediction.strides == 8).all()
     assert prediction.candidates.tolist() == expected
     assert (prediction.boxes - prediction.candidates == torch.tensor([-8, -12, 8, 12])).all()
 
 
 def test_the_original_centernet_begins_with_boxes_of_the_prior_and_may_have_laterals():
-    """Twice the distance to a side, whatever the stride; laterals are three convolutions more."""
-    model = small("centernet", original=True, box_prior=12.0)
-    torch.nn.init.zeros_(model.size[-1].weight)
-    boxes = run(model).boxes
-    assert torch.allclose(boxes[..., 2:] - boxes[..., :2], torch.tensor(24.0), atol=1e-4)
+    """Twice the distance to a side, in strides; laterals are three convolutions more."""
+    for widths, side in [((16, 16, 16), 24.0), ((16, 16), 48.0)]:
+        model = small("centernet", original=True, box_prior=3.0, neck_widths=widths)
+        torch.nn.init.zeros_(model.size[-1].weight)
+        boxes = run(model).boxes
+        assert torch.allclose(boxes[..., 2:] - boxes[..., :2], torch.tensor(side), atol=1e-4)
+    model = small("centernet", original=True)
 
     def names(model):
         return {name for name, _ in model.named_parameters()}
@@ -243,12 +253,13 @@ def test_the_original_centernet_begins_with_boxes_of_the_prior_and_may_have_late
 
 
 def test_box_prior_is_the_distance_to_begin_with():
-    """In strides for FCOS, in pixels for CenterNet, on all four sides."""
-    for detector, unit in [("fcos", torch.tensor(STRIDES)), ("centernet", torch.tensor([1]))]:
+    """In strides, on all four sides."""
+    for detector, strides in [("fcos", STRIDES), ("centernet", (4,))]:
         model = small(detector, box_prior=3.0)
         torch.nn.init.zeros_(model.ltrb.weight)
         prediction = run(model)
-        reach = 3 * unit[prediction.levels][:, None] * torch.tensor([-1, -1, 1, 1])
+        assert model.strides == strides and set(prediction.strides.tolist()) <= set(strides)
+        reach = 3 * prediction.strides[:, None] * torch.tensor([-1, -1, 1, 1])
         assert torch.equal(prediction.boxes[0], prediction.candidates + reach)
 
 
@@ -346,7 +357,7 @@ def test_original_detectors_have_as_many_parameters_as_torchvisions():
     with torch.device("meta"):
         fcos, retinanet = (make(weights=None, weights_backbone=None, num_classes=91)
                            for make in (fcos_resnet50_fpn, retinanet_resnet50_fpn))
-        ours = [parameters(models.build(detector, 91, "resnet50", original=True))
+        ours = [parameters(checkpoints.build(detector, 91, "resnet50", original=True))
                 for detector in ("fcos", "retinanet")]
         assert ours[0] == parameters(fcos) + 5
         assert ours[1] == parameters(retinanet) + (2048 - 256) * 256 * 9
@@ -355,7 +366,8 @@ def test_original_detectors_have_as_many_parameters_as_torchvisions():
 def test_one_to_one_detectors_lack_what_onenet_left_out():
     """The eight tower biases; and in FCOS the centre-ness, while its P6 comes from C5."""
     with torch.device("meta"):
-        count = {(name, original): parameters(models.build(name, 80, "resnet50", original=original))
+        build = checkpoints.build
+        count = {(name, original): parameters(build(name, 80, "resnet50", original))
                  for name in ("retinanet", "fcos") for original in (False, True)}
     assert count["retinanet", True] - count["retinanet", False] == 8 * 256
     centreness, extra = 256 * 9 + 1, (2048 - 256) * 256 * 9
@@ -369,14 +381,14 @@ def test_candidates_of_a_coco_image(detector, candidates, original):
     (shapes only, on the meta device).
     """
     with torch.device("meta"):
-        model = models.build(detector, 80, "resnet50", original=original)
+        model = checkpoints.build(detector, 80, "resnet50", original=original)
         images = torch.zeros(1, 3, 800, 1344, dtype=torch.uint8)
         prediction = model(images, torch.zeros(1, 800, 1344, dtype=torch.bool))
     assert model.strides == (8, 16, 32, 64, 128)
     assert prediction.logits.shape == (1, candidates, 80)
     assert prediction.boxes.shape == (1, candidates, 4)
     assert prediction.candidates.shape == (candidates, 4)
-    assert prediction.levels.shape == (candidates,)
+    assert prediction.strides.shape == (candidates,)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -394,16 +406,69 @@ def test_every_detector_answers_in_the_documented_shapes(detector, original, bac
     strides = (4,) if detector == "centernet" else STRIDES
     cells = [math.ceil(64 / s) * math.ceil(96 / s) * per_cell for s in strides]
     Q = sum(cells)
-    raw = {"retinanet": {"deltas", "positives_average"}, "fcos": {"centreness"},
-           "centernet": {"size", "offset", "grid", "stride"}}[detector]
+    raw = {("retinanet", False): {"deltas"}, ("retinanet", True): {"deltas"},
+           ("fcos", True): {"centreness"}, ("centernet", True): {"heat", "size", "offset"}}
 
     torch.manual_seed(0)
-    prediction = run(models.build(detector, 5, backbone, original=original).eval())
+    prediction = run(checkpoints.build(detector, 5, backbone, original=original).eval())
     assert isinstance(prediction, Prediction) and prediction.aux == []
     assert prediction.logits.shape == (2, Q, 5) and prediction.boxes.shape == (2, Q, 4)
     assert prediction.candidates.shape == (Q, 4)
-    assert prediction.levels.tolist() == [level for level, n in enumerate(cells) for _ in range(n)]
-    assert set(prediction.raw) == (raw if original else set())
+    assert prediction.strides.tolist() == [s for s, n in zip(strides, cells) for _ in range(n)]
+    assert set(prediction.raw) == raw.get((detector, original), set())
+
+
+@every_detector
+@every_form
+def test_the_prediction_of_one_image_is_its_own_in_float32(detector, original):
+    """`image(n)` of a batch: what the detector answers when it is shown that image alone."""
+    model = small(detector, original)
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = run(model)
+    one = prediction.image(1)
+    assert isinstance(one, Prediction) and one.aux == []
+    assert one.logits.dtype == one.boxes.dtype == torch.float32
+    assert torch.equal(one.logits, prediction.logits[1])
+    assert torch.equal(one.boxes, prediction.boxes[1])
+    assert one.raw.keys() == prediction.raw.keys()
+    for name, value in one.raw.items():
+        assert value.dtype == torch.float32 and torch.equal(value, prediction.raw[name][1])
+
+    one, alone = run(model).image(1), run(model, pictures()[1:]).image(0)
+    Q = len(one.candidates)
+    assert one.logits.shape == (Q, 3) and one.boxes.shape == (Q, 4) and one.strides.shape == (Q,)
+    for name in ("logits", "boxes", "candidates", "strides"):
+        a, b = getattr(one, name), getattr(alone, name)
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+
+def test_half_precision_is_left_behind_by_the_prediction_of_one_image():
+    """Whatever a network hands over, costs and detections are computed in float32."""
+    batch = Prediction(torch.randn(2, 5, 3).bfloat16(), torch.rand(2, 5, 4).half(), softmax=True)
+    one = batch.image(0)
+    assert one.logits.dtype == one.boxes.dtype == torch.float32
+    assert torch.equal(one.logits, batch.logits[0].float()) and one.softmax
+
+
+TOWERS = {"width": 256, "depth": 4, "extra_levels": 2}
+PUBLISHED = {       # the fact sheet's tables of the architectures
+    models.RetinaNet: {**TOWERS, "anchor_scales": 3, "tower_norm": False,
+                       "delta_weights": (1, 1, 1, 1)},
+    models.OriginalRetinaNet: {**TOWERS, "anchor_scales": 3, "tower_norm": False,
+                               "delta_weights": (1, 1, 1, 1)},
+    models.FCOS: {**TOWERS, "box_prior": 0},
+    models.OriginalFCOS: {**TOWERS, "box_prior": 0},
+    models.CenterNet: {"neck_widths": (256, 128, 64), "deform": True, "box_prior": 0},
+    models.OriginalCenterNet: {"neck_widths": (256, 128, 64), "deform": True, "laterals": False,
+                               "box_prior": 0},
+}
+
+
+@pytest.mark.parametrize("detector", PUBLISHED, ids=lambda detector: detector.__name__)
+def test_the_constructors_defaults_are_the_published_values(detector):
+    parameters = inspect.signature(detector).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    assert defaults == {**PUBLISHED[detector], "pixels": "rgb"}
 
 
 @every_detector
@@ -413,11 +478,11 @@ def test_every_parameter_learns_from_the_outputs_it_makes(detector, original):
     from boxes (and centre-ness) everything but the class branch.
     """
     model = small(detector, original)
-    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
-    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
-    prediction = model(images, mask)
-    location = [prediction.boxes, *(x for x in prediction.raw.values()
-                                    if torch.is_tensor(x) and x.requires_grad)]
+    prediction = model(pictures(), torch.zeros(2, 64, 96, dtype=torch.bool))
+    assert all(x.requires_grad for x in prediction.raw.values())
+    # the heat map is the logits in another shape
+    raw = [value for name, value in prediction.raw.items() if name != "heat"]
+    location = [prediction.boxes, *raw]
     of_scores = {"class_tower", "score"}
     of_boxes = {"box_tower", "delta", "ltrb", "scale", "centreness", "size", "offset"}
     for outputs, idle in [([prediction.logits], of_boxes), (location, of_scores)]:
@@ -439,8 +504,7 @@ def test_bfloat16_ends_before_logits_and_boxes(detector, original):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         prediction = run(model)
     assert prediction.logits.dtype == prediction.boxes.dtype == torch.float32
-    tensors = [value for value in prediction.raw.values() if torch.is_tensor(value)]
-    assert all(value.dtype == torch.float32 for value in tensors)
+    assert all(value.dtype == torch.float32 for value in prediction.raw.values())
     torch.testing.assert_close(prediction.logits, expected.logits, atol=0.2, rtol=0.05)
 
 
@@ -491,7 +555,7 @@ def test_original_detections(detector, threshold):
     then NMS of each class.
     """
     model = small(detector, original=True)
-    prediction = run(model, B=1)
+    prediction = run(model, pictures(B=1))
     prediction.logits = torch.randn(prediction.logits.shape) * 2 - 3
     prediction.boxes[0, :, 2:] = prediction.boxes[0, :, :2] + 30
 
@@ -504,13 +568,13 @@ def test_original_detections(detector, threshold):
     # the 1,000 best accepted pairs of each level
     keep = torch.zeros_like(p, dtype=torch.bool)
     accepted = (p > 0.05).nonzero().tolist()
-    for level in range(5):
-        pairs = [(scores[q, c].item(), q, c) for q, c in accepted if prediction.levels[q] == level]
+    for s in STRIDES:
+        pairs = [(scores[q, c].item(), q, c) for q, c in accepted if prediction.strides[q] == s]
         for _, q, c in sorted(pairs, reverse=True)[:1000]:
             keep[q, c] = True
 
     for k in (100, 10_000):
-        found = model.detections(prediction, 0, k)
+        found = model.detections(prediction.image(0), k)
         expected = slow_candidates(prediction, scores, keep, threshold)[:k]
         assert found["nms"][1].tolist() == [score for score, _, _ in expected]
         assert found["nms"][2].tolist() == [c for _, _, c in expected]
@@ -529,7 +593,7 @@ def test_original_centernet_keeps_peaks():
     heat = prediction.logits[1].sigmoid().mT.reshape(3, 16, 24).numpy()
     peaks = heat[heat == scipy.ndimage.maximum_filter(heat, (1, 3, 3), mode="constant")]
     expected = sorted(peaks.tolist(), reverse=True)[:20]
-    assert model.detections(prediction, 1, 20)["nms"][1].tolist() == expected
+    assert model.detections(prediction.image(1), 20)["nms"][1].tolist() == expected
 
 
 @every_detector
@@ -541,7 +605,7 @@ def test_one_to_one_detections_need_no_nms(detector):
     prediction = run(model)
     prediction.logits = torch.randn(prediction.logits.shape)
     prediction.boxes[..., 2:] = prediction.boxes[..., :2] + 30
-    found = model.detections(prediction, 1, 50)
+    found = model.detections(prediction.image(1), 50)
     boxes, scores, labels = found["plain"]
     every = prediction.logits[1].sigmoid().flatten().tolist()
     assert scores.tolist() == sorted(every, reverse=True)[:50]
@@ -563,170 +627,3 @@ def test_detections_go_back_to_the_original_image():
     found = models.to_original((boxes, torch.arange(4.0), torch.arange(4)), target)
     assert found[0].tolist() == [[30, 20, 60, 40], [0, 60, 60, 80]]
     assert found[2].tolist() == [0, 1]
-
-
-# ------------------------------------------------------------------------------------------------
-# checkpoints
-# ------------------------------------------------------------------------------------------------
-
-DESCRIPTION = {"class_names": ["a", "b", "c"], "test_transform": {}, "args": {}}
-
-
-def save(file, detector="fcos", num_classes=3):
-    """What train.py saves, as far as the reader cares.  Returns the model."""
-    build = {"detector": detector, "num_classes": num_classes, "backbone": "tiny",
-             "width": 16, "depth": 1, "extra": 1}
-    model = models.build(**build).eval()
-    torch.save({"build": build, "model": model.state_dict(), **DESCRIPTION}, file)
-    return model
-
-
-def test_a_checkpoint_is_the_detector_it_was(tmp_path):
-    file = tmp_path / "last.pt"
-    model = save(file)
-    again = models.from_checkpoint(models.read_checkpoint(file), file).eval()
-    assert torch.equal(run(again).logits, run(model).logits)
-
-
-class Harmful:
-    """Unpickled, it makes a folder; it could as well delete one."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-def pickled(what, file):
-    file.write_bytes(pickle.dumps(what, protocol=2))
-
-
-@pytest.mark.parametrize("write", [torch.save, pickled], ids=["torch.save", "pickle"])
-def test_a_checkpoint_with_code_in_it_does_not_run(tmp_path, write):
-    file, folder = tmp_path / "last.pt", tmp_path / "harm"
-    write({"model": Harmful(folder)}, file)
-    with pytest.raises(CheckpointError, match="last.pt: refused.*run code"):
-        models.read_checkpoint(file)
-    assert not folder.exists()
-    # the same file, trusted, does run: this test can fail
-    with contextlib.suppress(RuntimeError):
-        torch.load(file, weights_only=False)
-    assert folder.exists()
-
-
-def half(file):
-    save(file)
-    os.truncate(file, file.stat().st_size // 2)
-
-
-@pytest.mark.parametrize("write, words", [
-    (lambda file: None, "cannot be read.*check the path"),
-    (lambda file: file.mkdir(), "cannot be read"),
-    (half, "cut short"),
-    (lambda file: file.write_text(""), "cut short, or another kind of file"),
-    (lambda file: file.write_text("these are not weights\n" * 100), "another kind of file"),
-    (lambda file: file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(500)), "another kind of file"),
-    (lambda file: torch.save([1, 2, 3], file), "holds a list"),
-    (lambda file: torch.save(torch.zeros(3), file), "holds a Tensor"),
-], ids=["missing", "folder", "half", "empty", "text", "png", "list", "tensor"])
-def test_a_file_that_is_no_checkpoint_is_called_what_it_is(tmp_path, write, words):
-    file = tmp_path / "last.pt"
-    write(file)
-    with pytest.raises(CheckpointError, match=f"last.pt: .*{words}"):
-        models.read_checkpoint(file)
-
-
-@pytest.mark.parametrize("content", [
-    {},
-    {"model": 3},
-    {"epoch": 7, "state_dict": {"conv1.weight": torch.zeros(1)}},
-    {0: torch.zeros(1)},
-    {"model": {"stem.0.weight": [1, 2]}},
-    {"model": {}, "build": {"detector": "yolo", "num_classes": 3, "backbone": "tiny"},
-     **DESCRIPTION},
-    {"model": {}, "build": {"detector": "fcos", "num_classes": 3, "backbone": "tiny", "wings": 2},
-     **DESCRIPTION},
-    {"model": {}, "build": {"detector": "fcos", "num_classes": 3, "backbone": "tiny"},
-     **DESCRIPTION},
-], ids=["empty", "number", "state_dict", "numbered", "lists",
-        "unknown detector", "unknown option", "no weights"])
-@pytest.mark.parametrize("reader", ["from_checkpoint", "load_weights", "load_backbone"])
-def test_a_file_of_another_program_is_refused(tmp_path, reader, content):
-    """Whatever dict it holds, the reader says so in its own words."""
-    file = tmp_path / "other.pt"
-    torch.save(content, file)
-    with pytest.raises(CheckpointError, match="other.pt"):
-        if reader == "from_checkpoint":
-            models.from_checkpoint(models.read_checkpoint(file), file)
-        elif reader == "load_weights":
-            models.load_weights(small("fcos"), file)
-        else:
-            models.load_backbone(models.Tiny(), file)
-
-
-def test_weights_of_another_detector_fill_what_fits(tmp_path):
-    """RetinaNet from FCOS: backbone and neck fit;
-    its deltas get nothing, distances are left over, scores differ.
-    """
-    file = tmp_path / "fcos.pt"
-    fcos = save(file)
-    model = models.build("retinanet", 3, "tiny", width=16, depth=1, extra=1)
-    missing, left_over, shapes = models.load_weights(model, file)
-    assert missing == ["delta.weight", "delta.bias"]
-    assert shapes == ["score.weight", "score.bias"]
-    parts = {name.split(".")[0] for name in left_over}
-    assert parts == {"class_tower", "box_tower", "ltrb", "scale"}
-    for name in ("backbone.stem.0.weight", "neck.output.0.bias", "class_tower.0.weight"):
-        assert torch.equal(model.state_dict()[name], fcos.state_dict()[name])
-
-
-def test_weights_of_other_classes_fill_all_but_the_scores(tmp_path):
-    save(tmp_path / "coco.pt", num_classes=80)
-    model = models.build("fcos", 3, "tiny", width=16, depth=1, extra=1)
-    answer = models.load_weights(model, tmp_path / "coco.pt")
-    assert answer == ([], [], ["score.weight", "score.bias"])
-
-
-@pytest.mark.parametrize("norm", ["frozen", "batch"])
-def test_a_torchvision_resnet_becomes_the_backbone(tmp_path, norm):
-    """From its state dict: the last map is what torchvision's own network
-    averages and classifies.
-    """
-    reference = torchvision.models.resnet18(weights=None).eval()
-    for module in reference.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            for x in (module.weight, module.bias, module.running_mean, module.running_var):
-                x.data.uniform_(0.5, 1.5)
-    torch.save(reference.state_dict(), tmp_path / "resnet18.pth")
-    backbone = models.ResNet("resnet18", norm).eval()
-    models.load_backbone(backbone, tmp_path / "resnet18.pth")
-    images = torch.randn(2, 3, 64, 64)
-    answer = reference.fc(backbone(images)[-1].mean((2, 3)))
-    torch.testing.assert_close(answer, reference(images), atol=1e-4, rtol=1e-4)
-
-
-def test_a_trained_detector_lends_its_backbone(tmp_path):
-    """From train.py's last.pt, head and neck left aside."""
-    fcos, backbone = save(tmp_path / "last.pt"), models.Tiny()
-    models.load_backbone(backbone, tmp_path / "last.pt")
-    trained = fcos.backbone.state_dict()
-    assert all(torch.equal(x, trained[name]) for name, x in backbone.state_dict().items())
-
-
-def test_the_wrong_backbone_is_refused(tmp_path):
-    """ResNet34 weights for a ResNet18, a ResNet's for the tiny one, and the other way round:
-    nothing is loaded.
-    """
-    torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "resnet34.pth")
-    save(tmp_path / "last.pt")
-    for file, backbone in [("resnet34.pth", models.ResNet("resnet18")),
-                           ("resnet34.pth", models.Tiny()),
-                           ("last.pt", models.ResNet("resnet18"))]:
-        before = {name: value.clone() for name, value in backbone.state_dict().items()}
-        with pytest.raises(CheckpointError, match=f"{file}: not the weights of this backbone"):
-            models.load_backbone(backbone, tmp_path / file)
-        assert all(torch.equal(x, before[name]) for name, x in backbone.state_dict().items())
-
-    with pytest.raises(CheckpointError, match="imagenet: there are none for the tiny backbone"):
-        models.load_backbone(models.Tiny(), "imagenet")

@@ -3,6 +3,7 @@
 The published codes' numbers are in test_parity_queries.py; here slow loops, finite differences and
 symmetry judge.
 """
+import inspect
 import itertools
 import math
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-import models
+import checkpoints
+import queries
+from models import Prediction
 
-QUERY_DETECTORS = [name for name in models.DETECTORS if name not in models.DENSE]
-every_query_detector = pytest.mark.parametrize("detector", QUERY_DETECTORS)
+every_query_detector = pytest.mark.parametrize("detector",
+                                               ["detr", "deformable-detr", "sparse-rcnn"])
 
 
 def small(detector, backbone="tiny", num_classes=3, **options):
@@ -22,7 +25,7 @@ def small(detector, backbone="tiny", num_classes=3, **options):
     slim = {"width": 32, "layers": 2, "hidden": 48, "queries": 12, "heads": 4}
     slim |= {"detr": {"stride": 16}, "deformable-detr": {"levels": 3},
              "sparse-rcnn": {"dynamic": 8, "roi_size": 32}}[detector]
-    model = models.build(detector, num_classes, backbone, **{**slim, **options}).eval()
+    model = checkpoints.build(detector, num_classes, backbone, **{**slim, **options}).eval()
     if detector == "sparse-rcnn":
         # proposals at different places
         with torch.no_grad():
@@ -74,7 +77,7 @@ class Blocks(nn.Module):
 
 def test_padding_a_picture_does_not_change_detrs_detections():
     torch.manual_seed(0)
-    model = models.DETR(Blocks(), 3, width=32, heads=4, layers=2, hidden=48, queries=12, stride=16)
+    model = queries.DETR(Blocks(), 3, width=32, heads=4, layers=2, hidden=48, queries=12, stride=16)
     model.eval()
     images = pictures()
     padded = torch.full((2, 3, 128, 160), 200, dtype=torch.uint8)
@@ -89,10 +92,10 @@ def test_padding_a_picture_does_not_change_detrs_detections():
     assert (a.logits - seen.logits).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("two_stage", [False, True])
-def test_what_lies_in_the_padding_does_not_reach_deformable_detrs_queries(two_stage):
+@pytest.mark.parametrize("refine", [False, True])
+def test_what_lies_in_the_padding_does_not_reach_deformable_detrs_queries(refine):
     """Behind the group norms of its projection, which see padding in the published code too."""
-    model = small("deformable-detr", refine=two_stage, two_stage=two_stage)
+    model = small("deformable-detr", refine=refine)
     images, mask = pictures(128, 160), torch.zeros(2, 128, 160, dtype=torch.bool)
     mask[1, 64:], mask[1, :, 96:] = True, True
     encoder_inputs = model.encoder_inputs
@@ -141,7 +144,7 @@ def sampling(Q=3):
 
 def test_deformable_attention_agrees_with_a_slow_loop():
     value, shapes, where, weights = sampling(5)
-    found = models.deformable_attention(value, shapes, where, weights)
+    found = queries.deformable_attention(value, shapes, where, weights)
     expected = slow_deformable_attention(value, shapes, where, weights)
     assert (found - expected).abs().max() < 1e-9
 
@@ -151,7 +154,7 @@ def test_the_gradients_of_deformable_attention():
     inputs = [t.requires_grad_() for t in (value, where, weights)]
 
     def attention(value, where, weights):
-        return models.deformable_attention(value, shapes, where, weights)
+        return queries.deformable_attention(value, shapes, where, weights)
 
     assert torch.autograd.gradcheck(attention, inputs)
 
@@ -160,7 +163,7 @@ def test_deformable_attention_begins_as_a_star():
     """Head h looks in direction 2 pi h / 8 on the unit square, point p at distance p + 1;
     all alike.
     """
-    module = models.DeformableAttention(32, 8, 2, 4)
+    module = queries.DeformableAttention(32, 8, 2, 4)
     module.reset()
     star = module.offset.bias.view(8, 2, 4, 2)
     directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
@@ -176,7 +179,8 @@ def test_deformable_attention_begins_as_a_star():
 ])
 def test_position_codes_have_the_published_values(shift, first):
     """The first of four rows, 128 numbers for y; the same along x with its halves exchanged."""
-    codes = models.sine_position(torch.zeros(1, 4, 4, dtype=torch.bool), 256, shift).view(4, 4, 256)
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    codes = queries.sine_position(mask, 256, shift).view(4, 4, 256)
     assert codes[0, 2, :4].tolist() == pytest.approx(first, abs=1e-5)
     assert torch.allclose(codes[..., :128], codes.transpose(0, 1)[..., 128:])
 
@@ -184,8 +188,8 @@ def test_position_codes_have_the_published_values(shift, first):
 def test_position_codes_stretch_over_the_picture_without_its_padding():
     mask = torch.zeros(2, 4, 6, dtype=torch.bool)
     mask[1, 2:], mask[1, :, 3:] = True, True
-    codes = models.sine_position(mask, 32).view(2, 4, 6, 32)
-    alone = models.sine_position(torch.zeros(1, 2, 3, dtype=torch.bool), 32).view(2, 3, 32)
+    codes = queries.sine_position(mask, 32).view(2, 4, 6, 32)
+    alone = queries.sine_position(torch.zeros(1, 2, 3, dtype=torch.bool), 32).view(2, 3, 32)
     assert torch.allclose(codes[1, :2, :3], alone)
 
 
@@ -196,9 +200,9 @@ def test_position_codes_stretch_over_the_picture_without_its_padding():
 def test_regions_come_from_the_level_of_their_size(side, level):
     """Smaller than 112 pixels from P2, then P3, P4, and from 448 on P5."""
     square = torch.tensor([[10.0, 20.0, 10 + side, 20 + side]])
-    assert models.region_levels(square).tolist() == [level]
+    assert queries.region_levels(square).tolist() == [level]
     oblong = torch.tensor([[0.0, 0.0, side * 2, side / 2]])
-    assert models.region_levels(oblong).tolist() == [level]
+    assert queries.region_levels(oblong).tolist() == [level]
 
 
 def test_region_features_keep_the_order_of_the_boxes_whatever_their_levels():
@@ -207,7 +211,7 @@ def test_region_features_keep_the_order_of_the_boxes_whatever_their_levels():
     features = [torch.full((2, 1, 256 // s, 256 // s), float(n)) for n, s in enumerate(strides)]
     boxes = torch.tensor([[[0, 0, 250, 250], [0, 0, 20, 20], [0, 0, 130, 130.0]],
                           [[0, 0, 130, 130], [0, 0, 500, 500], [0, 0, 20, 20.0]]])
-    found = models.region_features(features, strides, boxes)
+    found = queries.region_features(features, strides, boxes)
     assert found.shape == (6, 1, 7, 7)
     assert found[:, 0, 3, 3].tolist()[:4] == [2, 0, 1, 1] and found[5, 0, 3, 3] == 0
 
@@ -221,6 +225,46 @@ def test_every_layer_answers_in_the_documented_shapes(detector):
         assert layer.logits.shape == (2, 12, 3 + (detector == "detr"))
         assert layer.boxes.shape == (2, 12, 4)
         assert layer.logits.dtype == layer.boxes.dtype == torch.float32
+
+
+@every_query_detector
+def test_the_prediction_of_one_image_is_its_own_in_float32(detector):
+    """`image(n)` of a batch: what the detector answers when it is shown that image alone."""
+    model = small(detector)
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = run(model, pictures())
+    for layer in [prediction, *prediction.aux]:
+        one = layer.image(1)
+        assert isinstance(one, Prediction) and one.aux == [] and one.raw == {}
+        assert one.logits.dtype == one.boxes.dtype == torch.float32
+        assert torch.equal(one.logits, layer.logits[1])
+        assert torch.equal(one.boxes, layer.boxes[1])
+        assert one.candidates is None and one.strides is None
+        assert one.softmax == (detector == "detr")
+        assert one.centre_l1 == (detector != "sparse-rcnn")
+
+    one = run(model, pictures()).image(1)
+    alone = run(model, pictures()[1:]).image(0)
+    assert one.logits.shape == (12, 3 + (detector == "detr")) and one.boxes.shape == (12, 4)
+    assert (one.logits - alone.logits).abs().max() < 1e-4
+    assert (one.boxes - alone.boxes).abs().max() < 1e-2                     # pixels
+
+
+TRANSFORMER = {"width": 256, "heads": 8, "layers": 6}
+PUBLISHED = {       # the fact sheet's tables of the architectures
+    queries.DETR: {**TRANSFORMER, "hidden": 2048, "dropout": 0.1, "queries": 100, "stride": 32},
+    queries.DeformableDETR: {**TRANSFORMER, "hidden": 1024, "dropout": 0.1, "queries": 300,
+                             "levels": 4, "points": 4, "refine": False},
+    queries.SparseRCNN: {**TRANSFORMER, "hidden": 2048, "dynamic": 64, "queries": 300,
+                         "roi_size": 224},
+}
+
+
+@pytest.mark.parametrize("detector", PUBLISHED, ids=lambda detector: detector.__name__)
+def test_the_constructors_defaults_are_the_published_values(detector):
+    parameters = inspect.signature(detector).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    assert defaults == {**PUBLISHED[detector], "pixels": "rgb"}
 
 
 @every_query_detector
@@ -262,12 +306,12 @@ def test_a_detr_query_is_reported_once_and_a_deformable_one_as_often_as_it_score
     logits = torch.tensor([[[3.0, 2.0, -5.0], [0.0, 1.0, 4.0]]])
     boxes = torch.tensor([[[0, 0, 10, 10], [20, 20, 30, 30.0]]])
 
-    once = models.Prediction(logits, boxes, softmax=True)
-    _, scores, labels = small("detr", num_classes=2).detections(once, 0)["plain"]
+    once = Prediction(logits, boxes, softmax=True)
+    _, scores, labels = small("detr", num_classes=2).detections(once.image(0))["plain"]
     assert labels.tolist() == [0, 1]
     expected = [float(torch.softmax(logits[0, n], 0)[n]) for n in (0, 1)]
     assert scores.tolist() == pytest.approx(expected)
 
-    often = models.Prediction(logits, boxes)
-    _, scores, labels = small("deformable-detr").detections(often, 0)["plain"]
+    often = Prediction(logits, boxes)
+    _, scores, labels = small("deformable-detr").detections(often.image(0))["plain"]
     assert labels.tolist() == [2, 0, 1, 1, 0, 2] and len(scores) == 6
