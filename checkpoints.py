@@ -106,10 +106,12 @@ def modernise(checkpoint, file):
     if not build.get("original"):
         build.pop("laterals", None)          # OneNet's CenterNet always has them
 
+    checkpoint = {**checkpoint, "build": build}
     model = checkpoint.get("model")
     if isinstance(model, dict):              # RetinaNet's loss keeps its moving average itself
         model = {name: value for name, value in model.items() if name != "positives_average"}
-    return {**checkpoint, "build": build, "model": model}
+        checkpoint["model"] = model
+    return checkpoint
 
 
 def load(file):
@@ -185,7 +187,9 @@ def load_backbone(backbone, weights):
     else:
         checkpoint = read(weights)
         given = tensors_of(checkpoint)
-        kind = checkpoint.get("resnet") or checkpoint.get("build", {}).get("resnet", "torchvision")
+        build = checkpoint.get("build")
+        described = build if isinstance(build, dict) else checkpoint      # convert.py's backbones
+        kind = described.get("resnet", "torchvision")
         if not isinstance(backbone, Tiny) and kind != backbone.kind:
             raise CheckpointError(f"{weights}: the weights of {kind}'s kind of ResNet; give "
                                   f"--resnet {kind}")
