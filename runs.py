@@ -195,6 +195,7 @@ class Progress:
     def __init__(self, log, first_step, steps, images, every, process):
         self.log, self.first_step, self.steps = log, first_step, steps
         self.images, self.every, self.process = images, every, process
+        self.logged = first_step                                     # the last step with a row
         self.waited = 0.0                                            # seconds, for data
         self.began = self.since = time.perf_counter()
         self.bar = tqdm(total=steps, initial=first_step, disable=None if process.is_main else True,
@@ -217,13 +218,14 @@ class Progress:
     def pause(self):
         """Around what is not training, so that it does not count in images a second."""
         self.bar.clear()
+        start = time.perf_counter()
         yield
-        self.since = time.perf_counter()
+        self.since += time.perf_counter() - start
 
     def row(self, done, values, lr):
         """Logs step `done`.  values: the terms of the loss, and the norm of the gradient."""
         terms = {name: value for name, value in values.items() if name != "gradient_norm"}
-        steps, elapsed = (done - 1) % self.every + 1, time.perf_counter() - self.since
+        steps, elapsed = done - self.logged, time.perf_counter() - self.since
         row = {"step": done, "loss": sum(terms.values()), **values, "lr": lr,
                "images_per_second": steps * self.images / elapsed, "seconds_waiting": self.waited}
         speed = f"{row['images_per_second']:.0f}"
@@ -237,4 +239,4 @@ class Progress:
                 pace = (time.perf_counter() - self.began) / (done - self.first_step)
                 print(f"step {done}/{self.steps}  loss {row['loss']:.3f}  {speed} images/s  "
                       f"{pace * (self.steps - done) / 60:.1f} min left", flush=True)
-        self.waited, self.since = 0.0, time.perf_counter()
+        self.logged, self.waited, self.since = done, 0.0, time.perf_counter()

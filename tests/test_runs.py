@@ -1,0 +1,309 @@
+"""What a run leaves, and how it goes on: folder, logs, random states, signals, processes."""
+import contextlib
+import csv
+import io
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import runs
+
+ALONE = runs.Process(0, 1, "cpu")
+
+
+def rows(file):
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+# ------------------------------------------------------------------------------------------------
+# processes
+# ------------------------------------------------------------------------------------------------
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert runs.join_processes("cpu") == (0, 1, "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runs.join_processes() == (0, 1, "cpu")
+
+
+def test_a_single_gpu_is_named_by_its_index(monkeypatch):
+    """torch.cuda.set_device wants one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert runs.join_processes().device == "cuda:0"
+    assert runs.join_processes("cuda:3").device == "cuda:3"
+    assert chosen == ["cuda:0", "cuda:3"]
+
+
+def test_several_processes_do_not_share_one_gpu(monkeypatch):
+    """Refused before they wait for each other."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", None)
+    with pytest.raises(runs.RunError, match="--device cuda:1: .*leave --device out"):
+        runs.join_processes("cuda:1")
+
+
+def test_each_process_takes_the_gpu_of_its_place_on_the_machine(monkeypatch):
+    """The third of four on the second machine of two: rank 6, GPU 2."""
+    for name, value in (("WORLD_SIZE", 8), ("RANK", 6), ("LOCAL_RANK", 2)):
+        monkeypatch.setenv(name, str(value))
+    called = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", called.append)
+    monkeypatch.setattr(torch.cuda, "set_device", called.append)
+    assert runs.join_processes("cuda") == (6, 8, "cuda:2")
+    assert called == ["nccl", "cuda:2"]
+
+
+def test_process_0_alone_speaks(capsys):
+    runs.Process(1, 2, "cpu").say("I am the other one")
+    assert capsys.readouterr().out == ""
+    runs.Process(0, 2, "cpu").say("two", "words", end="")
+    assert capsys.readouterr().out == "two words"
+
+
+@pytest.mark.parametrize("rank, expected", [(0, ["block", "barrier"]), (1, ["barrier", "block"])])
+def test_process_0_goes_first(monkeypatch, rank, expected):
+    order = []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: order.append("barrier"))
+    with runs.main_first(runs.Process(rank, 2, "cpu")):
+        order.append("block")
+    assert order == expected
+
+
+def test_one_process_waits_for_nobody(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "barrier", None)
+    with runs.main_first(ALONE):
+        pass
+    assert runs.gather("mine", ALONE) == ["mine"]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("flags : fpu avx512f avx512_bf16", "bf16"),
+    ("flags : fpu avx512f", "fp32"),
+    (None, "fp32"),
+])
+def test_a_cpu_computes_in_bfloat16_only_where_it_says_so(monkeypatch, text, expected):
+    """/proc/cpuinfo with and without the instruction, and a machine that has no such file."""
+    monkeypatch.setattr(Path, "exists", lambda file: text is not None)
+    monkeypatch.setattr(Path, "read_text", lambda file: text)
+    assert runs.native_precision("cpu") == expected
+
+
+@pytest.mark.parametrize("native, expected", [(True, "bf16"), (False, "fp32")])
+def test_a_gpu_computes_in_bfloat16_where_it_need_not_emulate_it(monkeypatch, native, expected):
+    def supported(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert runs.native_precision("cuda:0") == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_the_old_handlers_come_back(number):
+    def old(number, frame):
+        old.called = True
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(number, old)
+        with contextlib.suppress(ZeroDivisionError), runs.signals_noted() as noted:
+            assert noted == []
+            os.kill(os.getpid(), number)
+            assert noted == [number] and not hasattr(old, "called")
+            1 / 0                            # also when the block fails
+        assert signal.getsignal(number) is old
+        os.kill(os.getpid(), number)
+        assert old.called
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+# ------------------------------------------------------------------------------------------------
+# the folder
+# ------------------------------------------------------------------------------------------------
+
+def test_the_first_free_name_counts_from_2(tmp_path):
+    assert runs.free_name(tmp_path / "run") == str(tmp_path / "run")
+    for name in ("run", "run-2", "run-4"):
+        (tmp_path / name).mkdir()
+    assert runs.free_name(tmp_path / "run") == str(tmp_path / "run-3")
+
+
+def test_a_folder_with_a_run_is_refused_and_another_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "mine"
+    assert runs.claim_folder(str(out), "name", ALONE) == str(out)
+    out.mkdir()
+    (out / "notes.txt").write_text("no run")
+    assert runs.claim_folder(str(out), "name", ALONE) == str(out)
+    (out / "last.pt").write_bytes(b"")
+    with pytest.raises(runs.RunError, match="--out .*mine holds a run already; add --resume"):
+        runs.claim_folder(str(out), "name", ALONE)
+
+
+def test_without_out_a_run_gets_a_free_folder_in_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runs.claim_folder(None, "name", ALONE) == str(Path("runs") / "name")
+    (tmp_path / "runs" / "name").mkdir(parents=True)
+    assert runs.claim_folder(None, "name", ALONE) == str(Path("runs") / "name-2")
+
+
+def test_all_processes_get_the_folder_that_process_0_chose(tmp_path, monkeypatch):
+    def from_process_0(objects):
+        objects[0] = str(tmp_path / "theirs")
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", from_process_0)
+    process = runs.Process(1, 2, "cpu")
+    assert runs.claim_folder(None, "name", process) == str(tmp_path / "theirs")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    runs.write_json(tmp_path / "a.json", {"AP": 1})
+    with pytest.raises(TypeError):
+        runs.write_json(tmp_path / "a.json", {"AP": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"AP": 1}
+    assert [f.name for f in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_row_is_appended_under_one_header(tmp_path):
+    """Floats with six digits, whole numbers and words as they are."""
+    file = tmp_path / "log.csv"
+    log = runs.Log(file, 0)
+    assert not file.exists()
+    log.row({"step": 1, "loss": 1 / 3, "lr": 1e-7, "images": 1234567, "note": "a, b"})
+    first = 'step,loss,lr,images,note\n1,0.333333,1e-07,1234567,"a, b"\n'
+    assert file.read_text() == first
+    log.row({"step": 2, "loss": 1234567.0, "lr": 0.5, "images": 0, "note": ""})
+    assert file.read_text() == first + "2,1.23457e+06,0.5,0,\n"
+
+
+@pytest.mark.parametrize("step, kept", [
+    (0, []),
+    (19, []),
+    (20, ["20"]),
+    (45, ["20", "40"]),
+    (60, ["20", "40", "60"]),
+])
+def test_rows_after_the_step_are_cut_off_on_resume(tmp_path, step, kept):
+    file = tmp_path / "log.csv"
+    log = runs.Log(file, 0)
+    for done in (20, 40, 60):
+        log.row({"step": done, "loss": done / 10})
+
+    log = runs.Log(file, step)
+    assert [row["step"] for row in rows(file)] == kept
+    log.row({"step": step + 20, "loss": 0.5})
+    assert [row["step"] for row in rows(file)] == [*kept, str(step + 20)]
+    assert file.read_text().count("step,loss") == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# going on exactly
+# ------------------------------------------------------------------------------------------------
+
+def draw():
+    return random.random(), random.gauss(0, 1), torch.rand(3).tolist(), torch.randn(3).tolist()
+
+
+def test_random_states_give_the_same_numbers_after_a_checkpoint():
+    """Through a file that is read without running code; with half a pair of normals drawn."""
+    draw()
+    file = io.BytesIO()
+    torch.save(runs.random_states("cpu"), file)
+    expected = draw()
+    assert draw() != expected
+    file.seek(0)
+    runs.set_random_states(torch.load(file, weights_only=True), "cpu")
+    assert draw() == expected
+
+
+def progress(log, first_step=0, steps=100, every=10):
+    return runs.Progress(log, first_step, steps, images=4, every=every, process=ALONE)
+
+
+VALUES = {"class": 1.25, "l1": 0.5, "giou": 0.25, "gradient_norm": 7.0}
+
+
+def test_a_row_of_the_log_holds_the_sum_of_the_terms_and_a_speed(tmp_path):
+    with progress(runs.Log(tmp_path / "log.csv", 0)) as bar:
+        time.sleep(0.01)
+        bar.row(10, VALUES, lr=0.001)
+    (row,) = rows(tmp_path / "log.csv")
+    assert list(row) == ["step", "loss", *VALUES, "lr", "images_per_second", "seconds_waiting"]
+    assert row["step"] == "10" and float(row["loss"]) == 2.0 and float(row["lr"]) == 0.001
+    assert float(row["gradient_norm"]) == 7.0
+    assert 0 < float(row["images_per_second"]) <= 10 * 4 / 0.01
+
+
+class Clock:
+    """Stands in for the clock of runs.py: a second passes when the test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(runs.time, "perf_counter", lambda: self.now)
+
+
+def test_images_a_second_count_the_steps_since_the_last_row(tmp_path, monkeypatch):
+    """Also after a resume between two rows, and without the time of an evaluation between two."""
+    clock = Clock(monkeypatch)
+    with progress(runs.Log(tmp_path / "log.csv", 0), first_step=6) as bar:
+        clock.now = 2.0
+        bar.row(10, VALUES, 0.1)                             # 4 steps of 4 images in 2 seconds
+        clock.now = 5.0
+        with bar.pause():
+            clock.now = 100.0
+        clock.now = 102.0
+        bar.row(20, VALUES, 0.1)                             # 10 steps in 3 + 2 seconds
+        clock.now = 103.0
+        bar.row(23, VALUES, 0.1)                             # the end: 3 steps in a second
+    found = [float(row["images_per_second"]) for row in rows(tmp_path / "log.csv")]
+    assert found == [8, 8, 12]
+
+
+def test_the_time_that_batches_take_is_waited_and_told_once(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def batches():
+        for n in range(5):
+            clock.now += 0.5
+            yield n
+
+    stream = batches()
+    with progress(runs.Log(tmp_path / "log.csv", 0)) as bar:
+        assert bar.fetch(stream, 3) == [0, 1, 2]
+        clock.now += 2
+        assert bar.fetch(stream, 1) == [3]
+        bar.row(10, VALUES, 0.1)
+        clock.now += 1
+        bar.row(20, VALUES, 0.1)
+    assert [float(row["seconds_waiting"]) for row in rows(tmp_path / "log.csv")] == [2, 0]
+
+
+def test_without_a_terminal_a_line_comes_every_tenth_row(tmp_path, capsys, monkeypatch):
+    clock = Clock(monkeypatch)
+    with progress(runs.Log(tmp_path / "log.csv", 0), steps=300) as bar:
+        bar.bar.disable = True
+        for done in range(10, 201, 10):
+            clock.now += 6
+            bar.row(done, VALUES, 0.1)
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["step 100/300  loss 2.000  7 images/s  2.0 min left",
+                    "step 200/300  loss 2.000  7 images/s  1.0 min left"]
+
+
+def test_other_processes_write_no_rows(capsys):
+    other = runs.Process(1, 2, "cpu")
+    with runs.Progress(None, 0, 100, 4, 1, other) as bar:
+        time.sleep(0.001)
+        bar.row(10, VALUES, 0.1)
+    assert capsys.readouterr() == ("", "")
