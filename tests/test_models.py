@@ -4,16 +4,18 @@ torchvision's own detectors and operators, and numbers from the recipes, are the
 """
 import collections
 import inspect
+import itertools
 import math
 
+import numpy as np
 import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.ops import nms
+from torchvision.ops import batched_nms, box_iou, nms
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
 import checkpoints
@@ -627,3 +629,135 @@ def test_detections_go_back_to_the_original_image():
     found = models.to_original((boxes, torch.arange(4.0), torch.arange(4)), target)
     assert found[0].tolist() == [[30, 20, 60, 40], [0, 60, 60, 80]]
     assert found[2].tolist() == [0, 1]
+
+
+def distinct(rng, *shape):
+    """Scores between 0 and 1 of which no two are equal, so that every order is one order."""
+    n = int(np.prod(shape))
+    return torch.from_numpy(rng.permutation(n).reshape(shape) + 0.5).float() / n
+
+
+def random_boxes(rng, n, size=100):
+    corner = torch.from_numpy(rng.uniform(0, size, (n, 2))).float()
+    extent = torch.from_numpy(rng.uniform(5, size / 2, (n, 2))).float()
+    return torch.cat([corner, corner + extent], 1)
+
+
+def as_list(detections):
+    boxes, scores, labels = detections
+    return list(zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True))
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 999), st.integers(1, 12), st.integers(1, 5), st.integers(1, 80))
+def test_top_k_is_the_head_of_the_sorted_pairs_of_prediction_and_class(seed, q, c, k):
+    rng = np.random.default_rng(seed)
+    boxes, scores = random_boxes(rng, q), distinct(rng, q, c)
+    pairs = [(boxes[i].tolist(), scores[i, j].item(), j) for i in range(q) for j in range(c)]
+    assert as_list(models.top_k(boxes, scores, k)) == sorted(pairs, key=lambda pair: -pair[1])[:k]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 999), st.integers(0, 30), st.integers(1, 40),
+       st.sampled_from([0.3, 0.5, 0.7]))
+def test_nms_is_greedy_and_class_by_class(seed, n, k, threshold):
+    rng = np.random.default_rng(seed)
+    boxes, scores = random_boxes(rng, n), distinct(rng, n)
+    labels, overlap = torch.from_numpy(rng.integers(0, 3, n)), box_iou(boxes, boxes)
+    kept = []
+    for i in scores.argsort(descending=True).tolist():
+        if all(labels[i] != labels[j] or overlap[i, j] <= threshold for j in kept):
+            kept.append(i)
+    ours = as_list(models.with_nms(boxes, scores, labels, threshold, k))
+    assert ours == as_list((boxes[kept[:k]], scores[kept[:k]], labels[kept[:k]]))
+    theirs = batched_nms(boxes, scores, labels, threshold)[:k]
+    assert ours == as_list((boxes[theirs], scores[theirs], labels[theirs]))
+
+
+def test_a_one_to_one_detectors_nms_works_on_its_k_best():
+    """Three boxes; the two best overlap.
+    With k = 2 the third is not promoted when NMS removes the second.
+    """
+    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]]).float()
+    one = Prediction(torch.tensor([[2.0], [1.0], [0.0]]), boxes)
+    found = models.Detector.detections(None, one, k=2)
+    assert found["plain"][0].tolist() == boxes[:2].tolist()
+    assert found["nms"][0].tolist() == boxes[:1].tolist()
+    expected = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))]
+    assert found["plain"][1].tolist() == pytest.approx(expected)
+
+
+def test_candidates_are_cut_per_level_then_put_in_order():
+    """Two levels of two predictions, one pair a level:
+    the better of each, best first, whatever the other level has.
+    """
+    boxes = torch.tensor([[0, 0, 10, 10], [20, 0, 30, 10],
+                          [40, 0, 50, 10], [60, 0, 70, 10]]).float()
+    scores = torch.tensor([[0.3, 0.1], [0.2, 0.0], [0.6, 0.9], [0.8, 0.7]])
+    one = Prediction(scores, boxes, strides=torch.tensor([8, 8, 16, 16]))
+    found = models.candidate_detections(one, scores, scores > 0.05, k=10, nms=0.5, per_level=1)
+    expected = boxes[[2, 0]], torch.tensor([0.9, 0.3]), torch.tensor([1, 0])
+    assert as_list(found["plain"]) == as_list(expected)
+
+
+def test_candidates_that_are_not_accepted_are_never_reported():
+    scores = torch.tensor([[0.04, 0.9], [0.05, 0.06]])
+    boxes = torch.tensor([[0, 0, 9, 9], [50, 0, 59, 9]]).float()
+    one = Prediction(scores, boxes, strides=torch.full((2,), 8))
+    found = models.candidate_detections(one, scores, scores > 0.05, k=10, nms=0.5)
+    for variant in ("plain", "nms"):
+        assert found[variant][1].tolist() == pytest.approx([0.9, 0.06])
+        assert found[variant][2].tolist() == [1, 1]
+
+
+def test_an_original_detectors_nms_comes_before_its_k_best():
+    """Box 2 repeats box 1:
+    without NMS it takes the second of two places, with NMS box 3 has it.
+    """
+    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]]).float()
+    scores = torch.tensor([[0.9], [0.8], [0.7]])
+    one = Prediction(scores, boxes, strides=torch.full((3,), 8))
+    found = models.candidate_detections(one, scores, scores > 0.05, k=2, nms=0.6)
+    assert found["plain"][0].tolist() == boxes[[0, 1]].tolist()
+    assert found["nms"][0].tolist() == boxes[[0, 2]].tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_centernets_nms_keeps_the_local_maxima_of_each_class(seed):
+    rng = np.random.default_rng(seed)
+    H, W, C = 5, 7, 2
+    heat, boxes = distinct(rng, H, W, C), random_boxes(rng, H * W)
+    logits = torch.logit(heat)
+    one = Prediction(logits.flatten(0, 1), boxes, raw={"heat": logits.permute(2, 0, 1)})
+    model = checkpoints.build("centernet", C, "tiny", original=True, deform=False)
+
+    peaks = []
+    for y, x, c in itertools.product(range(H), range(W), range(C)):
+        around = heat[max(y - 1, 0):y + 2, max(x - 1, 0):x + 2, c]
+        if heat[y, x, c] == around.max():
+            peaks.append((boxes[y * W + x].tolist(), heat[y, x, c].item(), c))
+    peaks.sort(key=lambda peak: -peak[1])
+    assert 1 < len(peaks) < H * W
+
+    found = [d for d in as_list(model.detections(one, k=H * W * C)["nms"]) if d[1] > 0]
+    for ours, peak in zip(found, peaks, strict=True):
+        assert ours[0] == peak[0] and ours[2] == peak[2]
+        assert ours[1] == pytest.approx(peak[1], abs=1e-5)
+
+
+def test_detections_go_back_to_the_original_picture_clipped_and_without_empty_boxes():
+    """From 200 high and 400 wide to 100 x 100: x a quarter, y a half."""
+    boxes = torch.tensor([[40, 20, 80, 60], [-40, -20, 440, 220], [410, 0, 450, 50],
+                          [8, 8, 8, 20], [0, 150, 100, 200]]).float()
+    target = {"size": torch.tensor([200, 400]), "original_size": torch.tensor([100, 100])}
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])
+    found = models.to_original((boxes, scores, torch.arange(5)), target)
+    assert found[0].tolist() == [[10, 10, 20, 30], [0, 0, 100, 100], [0, 75, 25, 100]]
+    assert found[1].tolist() == pytest.approx([0.9, 0.8, 0.5]) and found[2].tolist() == [0, 1, 4]
+
+
+def test_boxes_that_are_not_a_number_are_dropped():
+    boxes = torch.tensor([[float("nan"), 0, 10, 10], [0, 0, 10, 10]])
+    target = {"size": torch.tensor([20, 20]), "original_size": torch.tensor([20, 20])}
+    found = models.to_original((boxes, torch.ones(2), torch.arange(2)), target)
+    assert found[2].tolist() == [1]
