@@ -24,7 +24,8 @@ def folder(tmp_path_factory):
 def sizes_only(sizes):
     """Stand-in for Annotations where only the (height, width) of the pictures matters."""
     n = len(sizes)
-    return SimpleNamespace(sizes=torch.tensor(sizes).reshape(-1, 2), first=torch.arange(n + 1), crowd=torch.zeros(n, dtype=torch.bool))
+    return SimpleNamespace(sizes=torch.tensor(sizes).reshape(-1, 2), first=torch.arange(n + 1),
+                           crowd=torch.zeros(n, dtype=torch.bool))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -50,22 +51,55 @@ def test_custom_data_needs_both_flags():
         data.locate(flags, "train")
 
 
+@pytest.mark.parametrize("given, chosen", [
+    ({}, "scenes"),
+    ({"data": "coco", "data_dir": "a"}, "coco"),
+    ({"data": None, "val_json": None}, "scenes"),
+    ({"data_dir": "a"}, "scenes"),
+    ({"val_json": "v.json"}, "custom"),
+    ({"train_images": "t"}, "custom"),
+    ({"data": "custom", "val_json": "v.json", "val_images": "v"}, "custom"),
+])
+def test_files_alone_are_custom_data(given, chosen):
+    assert data.data_set(given, "scenes") == chosen
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"data": "coco", "val_json": "v.json"}, "--val-json names a file of your own: it goes with "
+                                             "--data custom, not with coco"),
+    ({"data": "scenes", "train_images": "t"}, "--train-images names a file of your own: it goes "
+                                              "with --data custom, not with scenes"),
+    ({"data": "custom", "data_dir": "a"}, "--data-dir does not concern --data custom, whose files "
+                                          "are named one by one"),
+    ({"val_json": "v.json", "data_dir": "a"}, "--data-dir does not concern --data custom, whose "
+                                              "files are named one by one"),
+])
+def test_a_flag_of_another_data_set_is_refused_by_name(given, words):
+    with pytest.raises(annotations.DataError) as refused:
+        data.data_set(given, "scenes")
+    assert str(refused.value) == words
+
+
 # ------------------------------------------------------------------------------------------------
 # sizes
 # ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size, limits, detectron2, detr", [          # worked out by hand
+# worked out by hand
+@pytest.mark.parametrize("size, limits, detectron2, detr", [
     ((480, 640), (800, 1333), (800, 1067), (800, 1066)),              # 1066.67
     ((640, 480), (800, 1333), (1067, 800), (1066, 800)),
     ((427, 640), (800, 1333), (800, 1199), (800, 1199)),              # 1199.06
     ((333, 500), (800, 1333), (800, 1201), (800, 1201)),              # 1201.20
     ((640, 640), (800, 1333), (800, 800), (800, 800)),
     ((300, 640), (800, 1333), (625, 1333), (625, 1333)),              # too long: 624.84
-    ((100, 400), (800, 1333), (333, 1333), (333, 1332)),              # too long: 333.25; DETR's longer side: 333 x 4
+    # too long: 333.25; DETR's longer side: 333 x 4
+    ((100, 400), (800, 1333), (333, 1333), (333, 1332)),
     ((400, 100), (800, 1333), (1333, 333), (1332, 333)),
     ((375, 500), (512, 853), (512, 683), (512, 682)),                 # CenterNet's, 682.67
-    ((60, 208), (800, 1333), (385, 1333), (385, 1334)),               # too long: 384.52; DETR exceeds its own limit
-    ((128, 128), (128, 128), (128, 128), (128, 128))])
+    # too long: 384.52; DETR exceeds its own limit
+    ((60, 208), (800, 1333), (385, 1333), (385, 1334)),
+    ((128, 128), (128, 128), (128, 128), (128, 128)),
+])
 def test_resized_sizes_from_a_table(size, limits, detectron2, detr):
     assert data.resized_size(*size, *limits) == detectron2
     assert data.resized_size(*size, *limits, round_down=True) == detr
@@ -78,7 +112,9 @@ LIMITS = st.sampled_from([(800, 1333), (640, 1500), (512, 853), (896, 1400), (12
 @settings(max_examples=300)
 @given(SIDES, SIDES, LIMITS)
 def test_sizes_are_detectron2s_one_scale_rounded_half_up(height, width, limits):
-    """In exact fractions.  Where a side falls on one half exactly, floating point may go either way."""
+    """In exact fractions.
+    Where a side falls on one half exactly, floating point may go either way.
+    """
     scale = min(Fraction(limits[0], min(height, width)), Fraction(limits[1], max(height, width)))
     for side, got in zip((height, width), data.resized_size(height, width, *limits)):
         exact = scale * side + Fraction(1, 2)
@@ -87,9 +123,12 @@ def test_sizes_are_detectron2s_one_scale_rounded_half_up(height, width, limits):
 
 @settings(max_examples=300)
 @given(SIDES, SIDES, LIMITS)
-def test_detrs_shorter_side_is_limited_by_rounding_and_its_longer_side_rounds_down(height, width, limits):
+def test_detrs_shorter_side_is_limited_by_rounding_and_its_longer_side_rounds_down(
+        height, width, limits):
     short, long = min(height, width), max(height, width)
-    shorter = limits[0] if Fraction(limits[0] * long, short) <= limits[1] else round(Fraction(limits[1] * short, long))
+    shorter = limits[0]
+    if Fraction(limits[0] * long, short) > limits[1]:
+        shorter = round(Fraction(limits[1] * short, long))
     longer = shorter * long // short
     expected = (shorter, longer) if height <= width else (longer, shorter)
     assert data.resized_size(height, width, *limits, round_down=True) == expected
@@ -98,7 +137,8 @@ def test_detrs_shorter_side_is_limited_by_rounding_and_its_longer_side_rounds_do
 @settings(max_examples=100)
 @given(st.integers(1, 5000), st.integers(1, 5000), LIMITS, st.booleans())
 @example(1, 5000, (800, 1333), True)
-def test_no_side_shrinks_to_nothing_and_detectron2s_stay_within_the_longest(height, width, limits, round_down):
+def test_no_side_shrinks_to_nothing_and_detectron2s_stay_within_the_longest(
+        height, width, limits, round_down):
     size = data.resized_size(height, width, *limits, round_down)
     assert min(size) >= 1 and (round_down or max(size) <= limits[1])
 
@@ -120,17 +160,21 @@ def seen(picture):
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if len(rows) else None
 
 
-RECTANGLES = st.tuples(st.integers(0, 560), st.integers(0, 400), st.integers(12, 400), st.integers(12, 300)).map(
-    lambda b: [b[0], b[1], min(b[0] + b[2], 640), min(b[1] + b[3], 480)])
+CORNERS = st.tuples(st.integers(0, 560), st.integers(0, 400))
+EXTENTS = st.tuples(st.integers(12, 400), st.integers(12, 300))
+RECTANGLES = st.tuples(CORNERS, EXTENTS).map(
+    lambda b: [*b[0], min(b[0][0] + b[1][0], 640), min(b[0][1] + b[1][1], 480)])
 
 
 @settings(max_examples=60)
 @given(RECTANGLES, st.integers(0, 999), st.booleans())
 def test_the_box_is_where_the_pixels_are_after_flip_crop_and_resize(box, seed, round_down):
-    transform = data.Transform((320, 352, 384, 416, 448, 480), longest=640, flip=0.5, crop=1.0, round_down=round_down)
+    transform = data.Transform((320, 352, 384, 416, 448, 480), longest=640, flip=0.5, crop=1.0,
+                               round_down=round_down)
     picture, boxes, kept = transform(*rectangle(box), np.random.default_rng(seed))
     found = seen(picture)
-    if kept[0] and min(boxes[0, 2:] - boxes[0, :2]) > 3:              # less is too thin a sliver to be seen
+    # less is too thin a sliver to be seen
+    if kept[0] and min(boxes[0, 2:] - boxes[0, :2]) > 3:
         assert np.allclose(found, boxes[0], atol=1.5)
     elif not kept[0]:
         assert found is None
@@ -140,34 +184,44 @@ def test_the_box_is_where_the_pixels_are_after_flip_crop_and_resize(box, seed, r
 @given(RECTANGLES, st.integers(0, 999))
 def test_flipping_is_torchvisions_mirror_to_the_pixel(box, seed):
     picture, boxes = rectangle(box)
-    flipped, moved, kept = data.Transform(shortest=(480,), flip=1.0)(picture, boxes, np.random.default_rng(seed))
+    transform = data.Transform(shortest=(480,), flip=1.0)
+    flipped, moved, kept = transform(picture, boxes, np.random.default_rng(seed))
     assert flipped.tobytes() == hflip(picture).tobytes() and kept.all()
     assert seen(flipped) == moved[0].tolist()
 
 
 def test_a_flip_and_a_crop_happen_as_often_as_they_are_asked_for():
     transform = data.Transform(shortest=(48,), longest=640, flip=0.5, crop=0.5)
-    box = [40, 40, 120, 120]                                          # left of the middle, so right of it when flipped
+    # left of the middle, so right of it when flipped
+    box = [40, 40, 120, 120]
     flips = crops = 0
     for seed in range(200):
         picture, boxes, kept = transform(*rectangle(box, 640, 640), np.random.default_rng(seed))
-        whole = picture.size == (48, 48) and kept[0] and np.allclose(boxes[0, 2:] - boxes[0, :2], 6, atol=0.01)
+        sides = boxes[0, 2:] - boxes[0, :2]
+        whole = picture.size == (48, 48) and kept[0] and np.allclose(sides, 6, atol=0.01)
         crops += not whole
         flips += bool(whole and boxes[0, 0] > 24)
-    assert 70 <= crops <= 130                                         # 100 expected, standard deviation 7
+    # 100 expected, standard deviation 7
+    assert 70 <= crops <= 130
     assert 0.33 <= flips / (200 - crops) <= 0.67
 
 
 def test_a_crop_is_384_to_600_pixels_of_a_picture_whose_shorter_side_is_400_500_or_600():
-    """Seen in a picture whose red and green say where a pixel comes from; resizing changes nothing else."""
+    """Seen in a picture whose red and green say where a pixel comes from;
+    resizing changes nothing else.
+    """
     ramp = np.zeros((480, 640, 3), np.uint8)
-    ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 640)[None], np.linspace(0, 255, 480)[:, None]
+    ramp[..., 0] = np.linspace(0, 255, 640)[None]
+    ramp[..., 1] = np.linspace(0, 255, 480)[:, None]
     transform = data.Transform(shortest=(400,), longest=10 ** 9, crop=1.0)
-    widths, heights = [], []                                          # of the window, as shares of the picture
+    # of the window, as shares of the picture
+    widths, heights = [], []
     for seed in range(60):
-        picture, _, _ = transform(Image.fromarray(ramp), torch.zeros(0, 4), np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        picture, _, _ = transform(Image.fromarray(ramp), torch.zeros(0, 4), rng)
         red, green, _ = np.asarray(picture, float).transpose(2, 0, 1)
-        widths.append(np.ptp(red) / 255), heights.append(np.ptp(green) / 255)
+        widths.append(np.ptp(red) / 255)
+        heights.append(np.ptp(green) / 255)
     assert 384 / 800 - 0.03 < min(widths) < 0.6 and 0.9 < max(widths)
     assert 384 / 600 - 0.03 < min(heights) < 0.7 and 0.95 < max(heights)
 
@@ -175,7 +229,8 @@ def test_a_crop_is_384_to_600_pixels_of_a_picture_whose_shorter_side_is_400_500_
 @settings(max_examples=60)
 @given(RECTANGLES, st.integers(0, 999))
 def test_the_box_is_where_the_pixels_are_in_centernets_square(box, seed):
-    picture, boxes, kept = data.Transform(square=512, flip=0.5)(*rectangle(box), np.random.default_rng(seed))
+    transform = data.Transform(square=512, flip=0.5)
+    picture, boxes, kept = transform(*rectangle(box), np.random.default_rng(seed))
     assert picture.size == (512, 512)
     found = seen(picture)
     if kept[0] and min(boxes[0, 2:] - boxes[0, :2]) > 3:
@@ -185,26 +240,36 @@ def test_the_box_is_where_the_pixels_are_in_centernets_square(box, seed):
 
 
 def test_centernets_square_is_0p6_to_1p3_of_the_longer_side_around_a_point_128_pixels_inside():
-    """A box of 64 pixels in a picture of 640 x 480 becomes 64 * 512 / (640 * s); s takes each of its eight values."""
+    """A box of 64 pixels in a picture of 640 x 480 becomes 64 * 512 / (640 * s);
+    s takes each of its eight values.
+    """
     scales, centres = [], []
     for seed in range(300):
-        _, boxes, kept = data.Transform(square=512)(*rectangle([288, 208, 352, 272]), np.random.default_rng(seed))
+        picture, box = rectangle([288, 208, 352, 272])
+        _, boxes, kept = data.Transform(square=512)(picture, box, np.random.default_rng(seed))
         if (boxes[0] > 0).all() and (boxes[0] < 512).all():
             scale = 64 / float(boxes[0, 2] - boxes[0, 0]) * 512 / 640
             scales.append(round(scale, 3))
-            centres.append(((256 - (boxes[0, :2] + boxes[0, 2:]) / 2) * scale * 640 / 512 + torch.tensor([320, 240])).tolist())
+            off = 256 - (boxes[0, :2] + boxes[0, 2:]) / 2
+            centre = off * scale * 640 / 512 + torch.tensor([320, 240])
+            centres.append(centre.tolist())
     assert set(scales) == {0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3}
     x, y = np.transpose(centres)
-    assert 127 < x.min() < 160 and 480 < x.max() < 513 and 127 < y.min() < 160 and 320 < y.max() < 353
+    assert 127 < x.min() < 160 and 480 < x.max() < 513
+    assert 127 < y.min() < 160 and 320 < y.max() < 353
 
 
 def test_colours_vary_as_much_as_asked_and_only_the_colours():
     grey = Image.new("RGB", (40, 30), (100, 100, 100))
-    mean = [np.asarray(data.vary_colours(grey, 0.4, 0.1, np.random.default_rng(seed)), float).mean((0, 1)) for seed in range(200)]
+    varied = [data.vary_colours(grey, 0.4, 0.1, np.random.default_rng(n)) for n in range(200)]
+    mean = [np.asarray(picture, float).mean((0, 1)) for picture in varied]
     lightness = np.mean(mean, 1)
-    assert 45 < lightness.min() < 75 and 125 < lightness.max() < 155 and 90 < lightness.mean() < 110
-    assert np.ptp(mean, 1).max() >= 1                                 # the noise along the colour axes tints greys
-    picture, boxes, _ = data.Transform(shortest=(), colours=0.4)(*rectangle([100, 100, 300, 200]), np.random.default_rng(0))
+    assert 45 < lightness.min() < 75 and 125 < lightness.max() < 155
+    assert 90 < lightness.mean() < 110
+    # the noise along the colour axes tints greys
+    assert np.ptp(mean, 1).max() >= 1
+    transform, rng = data.Transform(shortest=(), colours=0.4), np.random.default_rng(0)
+    picture, boxes, _ = transform(*rectangle([100, 100, 300, 200]), rng)
     assert picture.size == (640, 480) and boxes[0].tolist() == [100, 100, 300, 200]
 
 
@@ -222,8 +287,8 @@ def test_boxes_are_clipped_and_emptied_boxes_marked():
 # ------------------------------------------------------------------------------------------------
 
 def test_a_crowd_region_is_no_target_but_is_kept_to_be_ignored(folder):
-    pictures = data.Pictures(annotations.read_annotations(*save(folder, valid())), data.Transform(shortest=(30,)))
-    _, target = pictures[0, 1]                                        # the second picture
+    a = annotations.read_annotations(*save(folder, valid()))
+    _, target = data.Pictures(a, data.Transform(shortest=(30,)))[0, 1]     # the second picture
     assert target["boxes"].tolist() == [[1, 2, 11, 22]] and target["labels"].tolist() == [1]
     assert target["ignore"].tolist() == [[0, 0, 30, 40]] and target["image_id"] == 5
 
@@ -234,15 +299,19 @@ def test_a_picture_without_annotations_is_an_ordinary_picture(folder):
     a = annotations.read_annotations(*save(folder, content))
     image, target = data.Pictures(a, data.Transform(shortest=(30,)))[0, 0]
     assert len(a) == 2 and image.shape == (3, 30, 40)
-    assert target["boxes"].shape == target["ignore"].shape == (0, 4) and target["labels"].shape == (0,)
+    assert target["boxes"].shape == target["ignore"].shape == (0, 4)
+    assert target["labels"].shape == (0,)
 
 
 def test_the_target_says_the_resized_and_the_original_size(folder):
-    pictures = data.Pictures(annotations.read_annotations(*save(folder, valid())), data.Transform(shortest=(60,), longest=70))
-    image, target = pictures[0, 0]                                    # 30 x 40 to 52.5 x 70
+    a = annotations.read_annotations(*save(folder, valid()))
+    pictures = data.Pictures(a, data.Transform(shortest=(60,), longest=70))
+    # 30 x 40 to 52.5 x 70
+    image, target = pictures[0, 0]
     assert image.dtype == torch.uint8 and image.shape == (3, 53, 70)
     assert target["size"].tolist() == [53, 70] and target["original_size"].tolist() == [30, 40]
-    assert torch.allclose(target["boxes"], torch.tensor([[0.5, 1.25, 9, 5.25]]) * torch.tensor([1.75, 53 / 30] * 2))
+    expected = torch.tensor([[0.5, 1.25, 9, 5.25]]) * torch.tensor([1.75, 53 / 30] * 2)
+    assert torch.allclose(target["boxes"], expected)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -251,15 +320,19 @@ def test_the_target_says_the_resized_and_the_original_size(folder):
 
 def scene_pictures(folder, seed=0):
     a = annotations.read_annotations(folder / "train.json", folder / "train")
-    return data.Pictures(a, data.Transform(shortest=(96, 128, 160), longest=160, flip=0.5, crop=0.5), seed)
+    transform = data.Transform(shortest=(96, 128, 160), longest=160, flip=0.5, crop=0.5)
+    return data.Pictures(a, transform, seed)
 
 
 def same(one, other):
     """Two batches agree to the byte."""
     images, mask, targets = one
-    return torch.equal(images, other[0]) and torch.equal(mask, other[1]) and all(
-        a["image_id"] == b["image_id"] and all(torch.equal(a[k], b[k]) for k in a if k != "image_id")
-        for a, b in zip(targets, other[2], strict=True))
+    if not torch.equal(images, other[0]) or not torch.equal(mask, other[1]):
+        return False
+    pairs = list(zip(targets, other[2], strict=True))
+    tensors = [(a[k], b[k]) for a, b in pairs for k in a if k != "image_id"]
+    return (all(a["image_id"] == b["image_id"] for a, b in pairs)
+            and all(torch.equal(a, b) for a, b in tensors))
 
 
 def test_batches_do_not_depend_on_the_number_of_worker_processes(tiny_scenes):
@@ -267,13 +340,19 @@ def test_batches_do_not_depend_on_the_number_of_worker_processes(tiny_scenes):
     keys = list(islice(data.training_batches(pictures.annotations, 8, seed=0), 5))
     alone = list(data.loader(pictures, keys, workers=0))
     assert len(alone) == 5
-    assert all(same(a, b) for a, b in zip(alone, data.loader(pictures, keys, workers=2), strict=True))
+    together = data.loader(pictures, keys, workers=2)
+    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_an_item_depends_on_seed_epoch_and_index_and_on_nothing_else(tiny_scenes):
-    first, again, other = scene_pictures(tiny_scenes), scene_pictures(tiny_scenes), scene_pictures(tiny_scenes, seed=1)
+    first, again = scene_pictures(tiny_scenes), scene_pictures(tiny_scenes)
+    other = scene_pictures(tiny_scenes, seed=1)
     expected = data.collate([first[4, i] for i in range(8)])
-    torch.manual_seed(99), np.random.seed(99), [again[5, i] for i in (7, 3)]          # none of which matters
+    # none of which matters
+    torch.manual_seed(99)
+    np.random.seed(99)
+    for i in (7, 3):
+        again[5, i]
     assert same(expected, data.collate([again[4, i] for i in range(8)]))
     assert not same(expected, data.collate([first[5, i] for i in range(8)]))
     assert not same(expected, data.collate([other[4, i] for i in range(8)]))
@@ -288,7 +367,8 @@ def test_loading_leaves_the_global_random_state_alone(tiny_scenes):
     assert torch.equal(torch.rand(1), expected)
 
 
-MANY_SIZES = st.lists(st.sampled_from([(30, 40), (40, 30), (30, 30), (90, 20)]), min_size=1, max_size=30)
+SIZES = st.sampled_from([(30, 40), (40, 30), (30, 30), (90, 20)])
+MANY_SIZES = st.lists(SIZES, min_size=1, max_size=30)
 few = settings(max_examples=40)
 
 
@@ -301,14 +381,19 @@ def test_resuming_at_a_step_continues_the_same_order(sizes, batch_size, seed, st
 
 
 @few
-@given(MANY_SIZES, st.integers(0, 99), st.integers(0, 9), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
-def test_the_processes_micro_batches_together_are_the_batch(sizes, seed, start, world, accumulate, each):
+@given(MANY_SIZES, st.integers(0, 99), st.integers(0, 9), st.integers(1, 3), st.integers(1, 3),
+       st.integers(1, 3))
+def test_the_processes_micro_batches_together_are_the_batch(
+        sizes, seed, start, world, accumulate, each):
     a, batch_size = sizes_only(sizes), world * accumulate * each
     stream = list(islice(data.batch_stream(a, batch_size, seed), start + 4))[start:]
-    shares = [list(islice(data.training_batches(a, batch_size, seed, start, rank, world, accumulate), 4 * accumulate))
-              for rank in range(world)]
+    shares = []
+    for rank in range(world):
+        mine = data.training_batches(a, batch_size, seed, start, rank, world, accumulate)
+        shares.append(list(islice(mine, 4 * accumulate)))
     for step, expected in enumerate(stream):
-        parts = [part for share in shares for part in share[step * accumulate:(step + 1) * accumulate]]
+        of_step = slice(step * accumulate, (step + 1) * accumulate)
+        parts = [part for share in shares for part in share[of_step]]
         assert [len(part) for part in parts] == [each] * (world * accumulate)
         assert sorted(key for part in parts for key in part) == sorted(expected)
 
@@ -316,7 +401,9 @@ def test_the_processes_micro_batches_together_are_the_batch(sizes, seed, start, 
 @few
 @given(MANY_SIZES, st.integers(1, 8), st.integers(0, 99))
 def test_every_picture_comes_once_per_epoch_in_batches_of_one_orientation(sizes, batch_size, seed):
-    """The first epoch's left-overs are out, at the latest, when a picture alone in its bucket has filled a batch."""
+    """The first epoch's left-overs are out, at the latest,
+    when a picture alone in its bucket has filled a batch.
+    """
     enough = 3 + len(sizes) * (batch_size + 1) // batch_size
     batches = list(islice(data.batch_stream(sizes_only(sizes), batch_size, seed), enough))
     keys = [key for batch in batches for key in batch]
@@ -330,22 +417,25 @@ def test_pictures_without_objects_can_be_left_out():
     """Picture 1 has no box, picture 3 only a crowd region: one epoch of the others, 0, 2 and 4."""
     a = SimpleNamespace(sizes=torch.full((5, 2), 40), first=torch.tensor([0, 2, 2, 3, 4, 6]),
                         crowd=torch.tensor([False, True, False, True, False, False]))
-    assert sorted(next(data.batch_stream(a, 3, seed=0, skip_empty=True))) == [(0, 0), (0, 2), (0, 4)]
+    used = next(data.batch_stream(a, 3, seed=0, skip_empty=True))
+    assert sorted(used) == [(0, 0), (0, 2), (0, 4)]
     assert sorted(i for _, i in next(data.batch_stream(a, 5, seed=0))) == [0, 1, 2, 3, 4]
 
 
 def test_every_epoch_and_every_seed_has_its_own_order():
     a = sizes_only([(30, 40)] * 50)
-    epochs = list(islice(data.batch_stream(a, 50, seed=0), 3)) + list(islice(data.batch_stream(a, 50, seed=1), 3))
+    epochs = [batch for seed in (0, 1) for batch in islice(data.batch_stream(a, 50, seed), 3)]
     orders = [[i for _, i in batch] for batch in epochs]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 6 and list(range(50)) not in orders
 
 
 @few
-@given(st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), min_size=1, max_size=4), st.sampled_from([1, 32]))
+@given(st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), min_size=1, max_size=4),
+       st.sampled_from([1, 32]))
 def test_collate_pads_right_and_bottom_and_masks_exactly_the_padding(sizes, divisor):
-    samples = [(torch.full((3, h, w), n + 1, dtype=torch.uint8), {"image_id": n}) for n, (h, w) in enumerate(sizes)]
+    samples = [(torch.full((3, h, w), n + 1, dtype=torch.uint8), {"image_id": n})
+               for n, (h, w) in enumerate(sizes)]
     images, mask, targets = data.collate(samples, divisor)
     for size, largest in zip(images.shape[2:], np.max(sizes, axis=0)):
         assert size % divisor == 0 and largest <= size < largest + divisor
@@ -361,6 +451,7 @@ def test_collate_pads_right_and_bottom_and_masks_exactly_the_padding(sizes, divi
 @given(MANY_SIZES, st.integers(1, 8), st.integers(1, 3))
 def test_evaluation_sees_every_picture_once_over_all_processes(sizes, batch_size, world):
     a = sizes_only(sizes)
-    batches = [batch for rank in range(world) for batch in data.evaluation_batches(a, batch_size, rank, world)]
+    batches = [batch for rank in range(world)
+               for batch in data.evaluation_batches(a, batch_size, rank, world)]
     assert sorted(key for batch in batches for key in batch) == [(0, i) for i in range(len(sizes))]
     assert all(1 <= len(batch) <= batch_size for batch in batches)
