@@ -177,6 +177,11 @@ def set_random_states(states, device):
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
+def own_share(shares, process):
+    """This process's share of what `gather` gathered; there may have been fewer processes."""
+    return shares[process.rank % len(shares)]
+
+
 def gather(own, process):
     """What every process has to say, in process 0; None in the others."""
     if process.world == 1:

@@ -148,8 +148,9 @@ def distributed(model, process):
 class Numbers:
     """The losses of a step, left on the device until somebody needs them: reading waits for it."""
 
-    def __init__(self, step, terms, norm, interrupted, image_ids):
-        self.step, self.image_ids = step, image_ids
+    def __init__(self, step, terms, norm, interrupted, micro_batches):
+        self.step = step
+        self.image_ids = [t["image_id"] for _, _, targets in micro_batches for t in targets]
         self.names = [*terms, "gradient_norm", "interrupted"]
         interrupted = norm.new_tensor(float(interrupted))
         self.own = torch.stack([*terms.values(), norm.detach(), interrupted])
@@ -203,7 +204,7 @@ def save(step, model, loss, optimizer, flags, classes, process):
 
 def restore(checkpoint, model, loss, optimizer, process):
     """The state of a run as `save` left it, but for the generators."""
-    own = checkpoint["buffers"][process.rank % len(checkpoint["buffers"])]
+    own = runs.own_share(checkpoint["buffers"], process)
     model.load_state_dict(own, strict=False)
     if hasattr(loss, "load_state_dict"):
         loss.load_state_dict(own, strict=False)
@@ -292,8 +293,7 @@ def train(flags, checkpoint, given, process):
         classes, flags["batch_size"], flags["seed"], first_step, process.rank, process.world,
         accumulate, flags["skip_empty"]), flags["workers"], "cuda" in device))
     if checkpoint:                                       # last, so that nothing above disturbs them
-        states = checkpoint["random"]
-        runs.set_random_states(states[process.rank % len(states)], device)
+        runs.set_random_states(runs.own_share(checkpoint["random"], process), device)
 
     # The loop:
     numbers, stop = None, False
@@ -305,7 +305,6 @@ def train(flags, checkpoint, given, process):
 
             # the step's micro-batches, and how many objects they hold over all processes
             micro_batches = progress.fetch(batches, accumulate)
-            image_ids = [t["image_id"] for _, _, targets in micro_batches for t in targets]
             count = sum(len(t["boxes"]) for _, _, targets in micro_batches for t in targets)
             count = losses.mean_over_processes(torch.tensor(float(count), device=device))
             num_objects = count.clamp(min=1)
@@ -331,7 +330,7 @@ def train(flags, checkpoint, given, process):
                     totals[name] = totals.get(name, 0) + value.detach()
 
             norm = nn.utils.clip_grad_norm_(model.parameters(), flags["clip_grad"] or float("inf"))
-            numbers = Numbers(step, totals, norm, len(noted), image_ids)
+            numbers = Numbers(step, totals, norm, len(noted), micro_batches)
             optimizer.step()
 
             # now and then: a row, a checkpoint, an evaluation
