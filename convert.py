@@ -8,9 +8,10 @@ That is their names, their class ids, and what their authors' code fixes around 
 Knows, by their keys alone, the files of OneNet, of detectron2's and torchvision's RetinaNet and
 FCOS, of AdelaiDet's FCOS, of CenterNet, DETR, Deformable DETR and Sparse R-CNN, and ImageNet
 ResNets (torchvision .pth, detectron2 .pkl; for train.py --backbone-weights).  A conversion is exact
-or it is an error: keys that are missing, left over, or of another shape are listed.  One thing keys
-cannot tell: DETR-DC5's are plain DETR's; it is refused where the file says so itself, as the
-published ones' flags may.  Files are read without running any code in them.
+or it is an error: keys that are missing, left over, or of another shape are listed.  Two-stage
+Deformable DETR is refused.  One thing keys cannot tell: DETR-DC5's are plain DETR's; it is refused
+where the file says so itself, as the published ones' flags may.  Files are read without running any
+code in them.
 """
 import argparse
 import pickle
@@ -20,8 +21,9 @@ from pathlib import Path
 
 import torch
 
+import checkpoints
 import models
-from models import CheckpointError
+from checkpoints import CheckpointError
 
 # COCO's 80 classes: the ids in use (10 of 1 ... 90 are not), and the names of its files
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
@@ -34,6 +36,10 @@ cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, 
 cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
 hair drier, toothbrush""".replace("\n", " ").split(", ")
 
+# by the number of classes: their names and ids, and flags of evaluation
+DATA_SETS = {80: (COCO_NAMES, COCO_IDS, {"data": "coco", "max_dets": 100}),
+             1: (["person"], [1], {"data": "crowdhuman", "max_dets": 500})}
+
 
 # ------------------------------------------------------------------------------------------------
 # names: (pattern, replacement) applied one after the other to every key
@@ -44,6 +50,11 @@ def shifted(template, by):
     return lambda found: template.format(int(found[1]) + by)
 
 
+def words(before, **ours):
+    """Rules for whole words of a key: words("^head.", feat1="trunk"), their name = ours."""
+    return [(rf"{before}{theirs}\b", our) for theirs, our in ours.items()]
+
+
 DETECTRON_RESNET = [
     (r"\bstem\.conv1\.norm\.", "bn1."),
     (r"\bstem\.", ""),
@@ -52,51 +63,45 @@ DETECTRON_RESNET = [
     (r"\bshortcut\.norm\.", "downsample.1."),
     (r"\bshortcut\.", "downsample.0."),
 ]
-DETECTRON_FPN = [
-    (r"^backbone\.fpn_lateral(\d)", shifted("neck.lateral.{}", -3)),
-    (r"^backbone\.fpn_output(\d)", shifted("neck.output.{}", -3)),
-    (r"^backbone\.top_block\.p(\d)", shifted("neck.extra.{}", -6)),
-    (r"^backbone\.bottom_up\.", "backbone.body."),
-    *DETECTRON_RESNET,
-]
+
+
+def detectron_fpn(first):
+    """detectron2's pyramid above its ResNet.  first: the finest of its levels, P3 or P2."""
+    return [
+        (r"^backbone\.fpn_lateral(\d)", shifted("neck.lateral.{}", -first)),
+        (r"^backbone\.fpn_output(\d)", shifted("neck.output.{}", -first)),
+        (r"^backbone\.top_block\.p(\d)", shifted("neck.extra.{}", -6)),
+        (r"^backbone\.bottom_up\.", "backbone.body."),
+        *DETECTRON_RESNET,
+    ]
+
+
 ONENET = [
-    *DETECTRON_FPN,
-    (r"^head\.cls_conv_module", "class_tower"),
-    (r"^head\.reg_conv_module", "box_tower"),
-    (r"^head\.cls_score", "score"),
-    (r"^head\.ltrb_pred", "ltrb"),
-    (r"^head\.bbox_pred", "delta"),
+    *detectron_fpn(3),
+    *words(r"^head\.", cls_conv_module="class_tower", reg_conv_module="box_tower",
+           cls_score="score", ltrb_pred="ltrb", bbox_pred="delta"),
     (r"^head\.scales\.(\d)\.scale", r"scale.\1"),
 ]
 ONENET_CENTERNET = [
     (r"^backbone\.", "backbone.body."),
     *DETECTRON_RESNET,
     (r"^head\.deconv\.deconv(\d)", shifted("neck.steps.{}", -1)),
-    (r"\.dcn_offset\.", ".conv.offset."),
-    (r"\.dcn\.", ".conv."),
-    (r"\.(dcn_bn|bn)\.", ".conv_norm."),
-    (r"\.up_sample\.", ".up."),
-    (r"\.up_bn\.", ".up_norm."),
     (r"^head\.deconv\.lateral_conv(\d)", shifted("neck.lateral.{}", -1)),
     (r"^head\.deconv\.output_conv", "neck.output"),
-    (r"^head\.feat1", "trunk"),
-    (r"^head\.cls_score", "score"),
-    (r"^head\.ltrb_pred", "ltrb"),
+    *words(r"\b", dcn_offset="conv.offset", dcn="conv", dcn_bn="conv_norm", bn="conv_norm",
+           up_sample="up", up_bn="up_norm"),
+    *words(r"^head\.", feat1="trunk", cls_score="score", ltrb_pred="ltrb"),
 ]
 DETECTRON = [
-    *DETECTRON_FPN,
-    (r"^head\.cls_subnet", "class_tower"),
-    (r"^head\.bbox_subnet", "box_tower"),
-    (r"^head\.cls_score", "score"),
+    *detectron_fpn(3),
+    *words(r"^head\.", cls_subnet="class_tower", bbox_subnet="box_tower", cls_score="score",
+           ctrness="centreness"),
 ]
 ADELAIDET = [
-    *DETECTRON_FPN,
+    *detectron_fpn(3),
     (r"^proposal_generator\.fcos_head\.", ""),
-    (r"^cls_tower", "class_tower"),
-    (r"^bbox_tower", "box_tower"),
-    (r"^cls_logits", "score"),
-    (r"^bbox_pred", "ltrb"),
-    (r"^ctrness", "centreness"),
+    *words("^", cls_tower="class_tower", bbox_tower="box_tower", cls_logits="score",
+           bbox_pred="ltrb", ctrness="centreness"),
     (r"^scales\.(\d)\.scale", r"scale.\1"),
 ]
 TORCHVISION = [
@@ -105,15 +110,8 @@ TORCHVISION = [
     (r"^backbone\.fpn\.extra_blocks\.p(\d)", shifted("neck.extra.{}", -6)),
     # since torchvision 0.13 convolution n of RetinaNet's towers is conv.n.0, before it was conv.2n
     (r"(?<=_head\.conv\.)(\d)\.0(?=\.)", lambda found: str(2 * int(found[1]))),
-    (r"^head\.classification_head\.conv", "class_tower"),
-    (r"^head\.regression_head\.conv", "box_tower"),
-    (r"^head\.classification_head\.cls_logits", "score"),
-    (r"^head\.regression_head\.bbox_ctrness", "centreness"),
-]
-CENTERNET_HEADS = [
-    (r"^hm\.", "score."),
-    (r"^wh\.", "size."),
-    (r"^reg\.", "offset."),
+    *words(r"^head\.classification_head\.", conv="class_tower", cls_logits="score"),
+    *words(r"^head\.regression_head\.", conv="box_tower", bbox_ctrness="centreness"),
 ]
 CENTERNET = [
     (r"^(conv1|bn1|layer\d)\.", r"backbone.body.\1."),
@@ -121,7 +119,7 @@ CENTERNET = [
       for step in range(3)
       for part, name in ((0, "conv"), (1, "conv_norm"), (3, "up"), (4, "up_norm"))],
     (r"\.conv_offset_mask\.", ".offset."),
-    *CENTERNET_HEADS,
+    *words("^", hm="score", wh="size", reg="offset"),
 ]
 CENTERNET_BETTER = [
     (r"^backbone\.stage0\.0\.", "backbone.body.conv1."),
@@ -130,69 +128,46 @@ CENTERNET_BETTER = [
     (r"^upsample\.deconv(\d)", shifted("neck.steps.{}", -1)),
     (r"\.dcn\.(offset_mask_conv|conv_offset_mask)\.", ".conv.offset."),
     (r"\.dcn\.(dcnv2\.)?", ".conv."),
-    (r"\.dcn_bn\.", ".conv_norm."),
-    (r"\.up_sample\.", ".up."),
-    (r"\.up_bn\.", ".up_norm."),
+    *words(r"\b", dcn_bn="conv_norm", up_sample="up", up_bn="up_norm"),
     (r"^head\.(cls|wh|reg)_head\.feat_conv", r"\1.0"),
     (r"^head\.(cls|wh|reg)_head\.out_conv", r"\1.2"),
-    (r"^cls\.", "hm."),
-    *CENTERNET_HEADS,
+    *words("^", cls="score", wh="size", reg="offset"),
 ]
 
 TRANSFORMER = [
     (r"^backbone\.0\.body\.", "backbone.body."),
     (r"^transformer\.(encoder|decoder)\.layers\.(\d)\.", r"\1.\2."),
     (r"(?<=\d\.)linear(\d)\.", r"feed_forward.linear\1."),
-    (r"^(encoder\.\d\.)self_attn\.", r"\1attention."),
-    (r"^(encoder\.\d\.)norm1\.", r"\1norm."),
-    (r"^(encoder\.\d\.)norm2\.", r"\1feed_forward.norm."),
-    (r"^(decoder\.\d\.)self_attn\.", r"\1self_attention."),
-    (r"^(decoder\.\d\.)(multihead|cross)_attn\.", r"\1cross."),
-    (r"^(decoder\.\d\.)norm3\.", r"\1feed_forward.norm."),
-    (r"^class_embed", "score"),
-    (r"^bbox_embed", "box"),
+    *words(r"(?<=^encoder\.\d\.)", self_attn="attention", norm1="norm",
+           norm2="feed_forward.norm"),
+    *words(r"(?<=^decoder\.\d\.)", self_attn="self_attention", multihead_attn="cross",
+           cross_attn="cross", norm3="feed_forward.norm"),
+    *words("^", class_embed="score", bbox_embed="box", query_embed="query", input_proj="project"),
     (r"(?<=box)(\.\d)?\.layers\.(\d)", lambda found: f"{found[1] or ''}.{2 * int(found[2])}"),
-    (r"^query_embed", "query"),
-    (r"^input_proj", "project"),
 ]
 # both attend to themselves first; Deformable DETR numbers its norms the other way round, the one
 # behind the image first
 DETR = [
     *TRANSFORMER,
-    (r"^(decoder\.\d\.)norm1\.", r"\1self_norm."),
-    (r"^(decoder\.\d\.)norm2\.", r"\1cross_norm."),
+    *words(r"(?<=^decoder\.\d\.)", norm1="self_norm", norm2="cross_norm"),
     (r"^transformer\.decoder\.norm", "norm"),
 ]
 DEFORMABLE_DETR = [
     *TRANSFORMER,
-    (r"^(decoder\.\d\.)norm1\.", r"\1cross_norm."),
-    (r"^(decoder\.\d\.)norm2\.", r"\1self_norm."),
-    (r"\.sampling_offsets\.", ".offset."),
-    (r"\.attention_weights\.", ".weight."),
-    (r"\.(value|output)_proj\.", r".\1."),
-    (r"^transformer\.level_embed", "level_code"),
-    (r"^transformer\.reference_points", "reference_points"),
-    (r"^transformer\.enc_output", "proposal"),
-    (r"^transformer\.pos_trans", "query_of_box"),
+    *words(r"(?<=^decoder\.\d\.)", norm1="cross_norm", norm2="self_norm"),
+    *words(r"(?<=\.)", sampling_offsets="offset", attention_weights="weight", value_proj="value",
+           output_proj="output"),
+    *words(r"^transformer\.", level_embed="level_code", reference_points="reference_points"),
 ]
 SPARSE_RCNN = [
-    (r"^backbone\.fpn_lateral(\d)", shifted("neck.lateral.{}", -2)),
-    (r"^backbone\.fpn_output(\d)", shifted("neck.output.{}", -2)),
-    (r"^backbone\.bottom_up\.", "backbone.body."),
-    *DETECTRON_RESNET,
-    (r"^init_proposal_boxes", "boxes"),
-    (r"^init_proposal_features", "query"),
+    *detectron_fpn(2),
+    *words("^", init_proposal_boxes="boxes", init_proposal_features="query"),
     (r"^head\.head_series\.", "stages."),
-    (r"\.self_attn\.", ".attention."),
-    (r"\.inst_interact\.dynamic_layer\.", ".dynamic.write."),
-    (r"\.inst_interact\.out_layer\.", ".dynamic.out."),
-    (r"\.inst_interact\.", ".dynamic."),
     (r"(?<=\d)\.linear(\d)\.", r".feed_forward.linear\1."),
     (r"^(stages\.\d)\.norm3\.", r"\1.feed_forward.norm."),
-    (r"\.cls_module\.", ".class_tower."),
-    (r"\.reg_module\.", ".box_tower."),
-    (r"\.class_logits\.", ".score."),
-    (r"\.bboxes_delta\.", ".delta."),
+    *words(r"(?<=\.)", self_attn="attention", inst_interact="dynamic", dynamic_layer="write",
+           out_layer="out", cls_module="class_tower", reg_module="box_tower",
+           class_logits="score", bboxes_delta="delta"),
 ]
 
 CAFFE_RESNET = [
@@ -221,35 +196,32 @@ LAYOUTS = [
     ("OneNet CenterNet", "head.feat1.weight", ONENET_CENTERNET,
      {"detector": "centernet", "norm": "batch", "freeze": 0}, CENTERNET_TEST),
     ("OneNet FCOS", "head.ltrb_pred.weight", ONENET, {"detector": "fcos"}, COCO_TEST),
-    ("OneNet RetinaNet", "head.cls_conv_module.0.weight", ONENET,
-     {"detector": "retinanet"}, COCO_TEST),
+    ("OneNet RetinaNet", "head.cls_conv_module.0.weight", ONENET, {"detector": "retinanet"},
+     COCO_TEST),
 
     ("AdelaiDet FCOS", "proposal_generator.fcos_head.cls_logits.weight", ADELAIDET,
      {"detector": "fcos", "original": True, "resnet": "msra"}, COCO_TEST),
-    ("detectron2 FCOS", "head.ctrness.weight",
-     [*DETECTRON, (r"^head\.bbox_pred", "ltrb"), (r"^head\.ctrness", "centreness")],
-     {"detector": "fcos", "original": True, "resnet": "msra", "score_threshold": 0.2}, COCO_TEST),
+    ("detectron2 FCOS", "head.ctrness.weight", [*DETECTRON, (r"^head\.bbox_pred", "ltrb")],
+     {"detector": "fcos", "original": True, "variant": "detectron2", "resnet": "msra"}, COCO_TEST),
     ("detectron2 RetinaNet", "head.cls_subnet.0.weight",
      [*DETECTRON, (r"^head\.bbox_pred", "delta")],
      {"detector": "retinanet", "original": True, "resnet": "msra"}, COCO_TEST),
     ("torchvision FCOS", "head.regression_head.bbox_ctrness.weight",
      [*TORCHVISION, (r"^head\.regression_head\.bbox_reg", "ltrb")],
-     {"detector": "fcos", "original": True, "torchvision_grid": True, "score_threshold": 0.2},
-     COCO_TEST),
+     {"detector": "fcos", "original": True, "variant": "torchvision"}, COCO_TEST),
     ("torchvision RetinaNet", "head.regression_head.bbox_reg.weight",
      [*TORCHVISION, (r"^head\.regression_head\.bbox_reg", "delta")],
-     {"detector": "retinanet", "original": True, "torchvision_grid": True, "extra_from": "p5"},
-     COCO_TEST),
+     {"detector": "retinanet", "original": True, "variant": "torchvision"}, COCO_TEST),
     ("CenterNet", "hm.2.weight", CENTERNET,
      {"detector": "centernet", "original": True, "norm": "batch", "freeze": 0,
       "pixels": "bgr-unit"}, ORIGINAL_SIZE),
     ("CenterNet-better", "head.cls_head.out_conv.weight", CENTERNET_BETTER,
      {"detector": "centernet", "original": True, "norm": "batch", "freeze": 0}, ORIGINAL_SIZE),
 
-    ("Sparse R-CNN", "init_proposal_boxes.weight", SPARSE_RCNN,
-     {"detector": "sparse-rcnn"}, COCO_TEST),
-    ("Deformable DETR", "transformer.level_embed", DEFORMABLE_DETR,
-     {"detector": "deformable-detr"}, DETR_TEST),
+    ("Sparse R-CNN", "init_proposal_boxes.weight", SPARSE_RCNN, {"detector": "sparse-rcnn"},
+     COCO_TEST),
+    ("Deformable DETR", "transformer.level_embed", DEFORMABLE_DETR, {"detector": "deformable-detr"},
+     DETR_TEST),
     ("DETR", "query_embed.weight", DETR, {"detector": "detr"}, DETR_TEST),
 
     ("MSRA's ResNet (detectron2's R-50.pkl, R-101.pkl)", "res2_0_branch2a_w", CAFFE_RESNET,
@@ -282,23 +254,20 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read(file):
-    """The named tensors of a published file.
-
-    That is a PyTorch checkpoint, or detectron2's pickle of numpy arrays.
-    """
+    """The named tensors of a PyTorch checkpoint, or of detectron2's pickle of numpy arrays."""
     if Path(file).suffix == ".pkl":
         try:
             with open(file, "rb") as stream:
                 checkpoint = ArrayUnpickler(stream, encoding="latin1").load()
         except OSError as error:
-            raise CheckpointError(
-                f"{file}: cannot be read ({error.strerror}); check the path") from None
+            raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check the "
+                                  f"path") from None
         except Exception as error:                  # a broken pickle may raise anything
-            raise CheckpointError(
-                f"{file}: refused: not a plain pickle of numpy arrays ({error})") from None
+            raise CheckpointError(f"{file}: refused: not a plain pickle of numpy arrays "
+                                  f"({error})") from None
     else:
         # DETR's files hold the flags they were trained with
-        checkpoint = models.read_checkpoint(file, harmless=[argparse.Namespace])
+        checkpoint = checkpoints.read(file, harmless=[argparse.Namespace])
     if isinstance(checkpoint, dict) and getattr(checkpoint.get("args"), "dilation", False):
         raise CheckpointError(f"{file}: a DETR with a dilated last stage (DC5), which our backbone "
                               f"does not have; its keys are plain DETR's")
@@ -317,10 +286,7 @@ def read(file):
 # ------------------------------------------------------------------------------------------------
 
 def rename(weights, rules):
-    """Weights under our names.
-
-    FCOS's scalars scale.0, scale.1, ... become the one vector our model has.
-    """
+    """Weights under our names; FCOS's scalars scale.0, scale.1, ... become our one vector."""
     renamed = {}
     for key, value in weights.items():
         for pattern, replacement in rules:
@@ -333,24 +299,17 @@ def rename(weights, rules):
 
 
 def fold_bias(weights):
-    """Some CenterNet files have a bias in the deformable convolution.
-
-    Batch norm follows: its mean takes it in.
-    """
+    """A deformable convolution's bias, which some CenterNet files have, into the norm behind it."""
     for key in [k for k in weights if re.fullmatch(r"neck\.steps\.\d\.conv\.bias", k)
                 and k.replace("bias", "offset.weight") in weights]:
         mean = key.replace("conv.bias", "conv_norm.running_mean")
         weights[mean] = weights[mean] - weights.pop(key)
 
 
-def choose_classes(weights, classifiers, anchors):
-    """Outputs for COCO's 91 ids become outputs for its 80 classes.
-
-    torchvision's RetinaNet has ids within anchors, DETR a last output for "no object".
-    """
-    for key in classifiers:
-        w = weights[key].unflatten(0, (anchors, -1))                # (A, 91 or 92, ...)
-        weights[key] = w[:, COCO_IDS + [91] * (w.shape[1] == 92)].flatten(0, 1)
+def sizes_outer(weights):
+    """torchvision's nine anchors of a point have the ratio outside, ours the size: a transpose."""
+    for key in ("score.weight", "score.bias", "delta.weight", "delta.bias"):
+        weights[key] = weights[key].unflatten(0, (3, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def query_options(weights, detector):
@@ -359,27 +318,18 @@ def query_options(weights, detector):
     Deformable DETR's files repeat tensors that modules share.
     """
     copies = sorted(k for k in weights if re.match(r"transformer\.decoder\.(class|bbox)_embed", k))
-    two_stage = "proposal.weight" in weights
     for key in copies:
         del weights[key]
     options = {"queries": len(weights["query.weight"])} if "query.weight" in weights else {}
-    if detector == "deformable-detr":
-        options.update(refine=bool(copies), two_stage=two_stage)
-        if not copies:                          # the base form: one head in six copies
-            for key in [k for k in weights if re.match(r"(score|box)\.[1-9]", k)]:
-                if not torch.equal(weights.pop(key), weights[re.sub(r"\.\d", ".0", key, count=1)]):
-                    raise CheckpointError(f"Deformable DETR without refinement, but {key} is not "
-                                          f"the copy of its first layer's")
-    return options
+    if detector != "deformable-detr":
+        return options
 
-
-def sizes_outer(weights):
-    """torchvision lists a point's nine anchors with the ratio outside, ours with the size outside.
-
-    So each is the other's 3 x 3, transposed.
-    """
-    for key in ("score.weight", "score.bias", "delta.weight", "delta.bias"):
-        weights[key] = weights[key].unflatten(0, (3, 3, -1)).transpose(0, 1).flatten(0, 2)
+    if not copies:                              # the base form: one head in six copies
+        for key in [k for k in weights if re.match(r"(score|box)\.[1-9]", k)]:
+            if not torch.equal(weights.pop(key), weights[re.sub(r"\.\d", ".0", key, count=1)]):
+                raise CheckpointError(f"Deformable DETR without refinement, but {key} is not the "
+                                      f"copy of its first layer's")
+    return {**options, "refine": bool(copies)}
 
 
 def resnet_name(weights):
@@ -394,70 +344,48 @@ def resnet_name(weights):
     return known[depth, bottleneck]
 
 
-def convert(weights, resnet=None):
-    """A checkpoint of ours from the named tensors of a published one.
+def find_layout(weights):
+    """The row of LAYOUTS that a file's keys fit.  Raises CheckpointError."""
+    if "transformer.enc_output.weight" in weights or "transformer.pos_trans.weight" in weights:
+        raise CheckpointError("two-stage Deformable DETR is not supported (no row of the paper "
+                              "uses it); convert its one-stage form")
+    for row in LAYOUTS:
+        if row[1] in weights:
+            return row
+    raise CheckpointError(f"none of the published layouts "
+                          f"({', '.join(name for name, *_ in LAYOUTS)}); its keys begin with "
+                          f"{', '.join(sorted(weights)[:3]) or 'nothing'}")
 
-    resnet: "torchvision" or "msra", if not the one the layout's authors used.
-    Returns (layout's name, checkpoint).  Raises CheckpointError.
+
+def settle_classes(weights, layout, detector):
+    """How many classes of ours the classifier knows: 80 or 1.  Raises CheckpointError.
+
+    Outputs for COCO's 91 ids become outputs for its 80 classes: within each anchor, and with DETR's
+    last one, "no object".
     """
-    for layout, mark, rules, build, test_transform in LAYOUTS:
-        if mark in weights:
-            break
-    else:
-        raise CheckpointError(f"none of the published layouts "
-                              f"({', '.join(name for name, *_ in LAYOUTS)}); its keys begin with "
-                              f"{', '.join(sorted(weights)[:3]) or 'nothing'}")
+    own = r"score\.2\." if "score.2.weight" in weights else r"score\.(?=weight|bias)"
+    pattern = {"deformable-detr": r"score\.\d\.", "sparse-rcnn": r"stages\.\d\.score\."}
+    classifiers = [k for k in weights if re.match(pattern.get(detector, own), k)]
+    if not classifiers:
+        raise CheckpointError(f"{layout}: its classifier is missing")
 
-    build = {"resnet": "torchvision", **build, **({"resnet": resnet} if resnet else {})}
-    weights = rename({k: v for k, v in weights.items() if not NOT_WEIGHTS.search(k)}, rules)
-    backbone = resnet_name(weights)
-    if "detector" not in build:
-        own = models.ResNet(backbone).state_dict(prefix="backbone.")
-        class_names = category_ids = None
-    else:
-        detector, anchors = build["detector"], 9 if build["detector"] == "retinanet" else 1
-        if detector not in models.DENSE:
-            build.update(query_options(weights, detector))
-        classifier = {"deformable-detr": r"score\.\d\.", "sparse-rcnn": r"stages\.\d\.score\."}.get(
-            detector,
-            r"score\.2\." if "score.2.weight" in weights else r"score\.(?=weight|bias)")
-        classifiers = [k for k in weights if re.match(classifier, k)]
-        if not classifiers:
-            raise CheckpointError(f"{layout}: its classifier is missing")
-        num_classes = len(weights[classifiers[0]]) // anchors - (detector == "detr")
-        if num_classes == 91:
-            # the encoder's head of the two-stage form knows objects of any class by output 0,
-            # whatever COCO's ids are
-            proposer = [k for k in classifiers if build.get("two_stage")
-                        and k.split(".")[1] == max(c.split(".")[1] for c in classifiers)]
-            any_object = {k: weights[k][:1].clone() for k in proposer}
-            choose_classes(weights, classifiers, anchors)
-            for k in proposer:
-                weights[k][:1] = any_object[k]
-            num_classes = 80
-        if build.get("torchvision_grid") and detector == "retinanet":
-            sizes_outer(weights)
-        if num_classes not in (1, 80):
-            raise CheckpointError(f"{layout} with {num_classes} classes: only COCO's 80 (or 91 "
-                                  f"ids) and CrowdHuman's 1 can be converted")
+    anchors, no_object = 9 if detector == "retinanet" else 1, detector == "detr"
+    num_classes = len(weights[classifiers[0]]) // anchors - no_object
+    if num_classes == 91:
+        for key in classifiers:
+            w = weights[key].unflatten(0, (anchors, -1))            # (A, 91 or 92, ...)
+            weights[key] = w[:, COCO_IDS + [91] * no_object].flatten(0, 1)
+        num_classes = 80
+    if num_classes not in (1, 80):
+        raise CheckpointError(f"{layout} with {num_classes} classes: only COCO's 80 (or 91 ids) "
+                              f"and CrowdHuman's 1 can be converted")
+    return num_classes
 
-        class_names, category_ids = ((COCO_NAMES, COCO_IDS) if num_classes == 80
-                                     else (["person"], [1]))
-        if num_classes == 1 and test_transform is COCO_TEST:
-            test_transform = CROWDHUMAN_TEST.get(detector, CROWDHUMAN_TEST[""])
-        if detector == "centernet":
-            build["deform"] = "neck.steps.0.conv.offset.weight" in weights
-            fold_bias(weights)
-        if layout in ("detectron2 FCOS", "torchvision FCOS"):
-            weights.setdefault("scale", torch.ones(5))      # they have none
-        if detector == "retinanet" and build.get("original"):
-            # where training starts; no file keeps it
-            weights.setdefault("positives_average", torch.tensor(100.0))
-        build = {**build, "num_classes": num_classes, "backbone": backbone}
-        own = models.build(**build).state_dict()
 
-    # exact, or an error that lists all that is wrong
-    own = {k: v for k, v in own.items() if not k.endswith("num_batches_tracked")}
+def fitted(weights, own, layout):
+    """The weights of a state dict like `own`, exactly, or an error that lists all that is wrong."""
+    counters = {k: torch.tensor(0) for k in own if k.endswith("num_batches_tracked")}
+    own = {k: v for k, v in own.items() if k not in counters}
     wrong = ([f"missing {k}" for k in own if k not in weights]
              + [f"left over {k}" for k in weights if k not in own])
     wrong += [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
@@ -465,18 +393,45 @@ def convert(weights, resnet=None):
     if wrong:
         raise CheckpointError(f"looks like {layout}, but {len(wrong)} entries do not fit: "
                               f"{'; '.join(wrong)}")
+    return {**{k: weights[k].float() for k in own}, **counters}
 
-    counters = {k.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for k in own
-                if k.endswith("running_mean") and build.get("norm") == "batch"}
-    checkpoint = {"model": {**{k: weights[k].float() for k in own}, **counters}}
-    if class_names is None:
-        return layout, {**checkpoint, "resnet": build["resnet"]}
-    data_set = "coco" if len(class_names) == 80 else "crowdhuman"
-    return layout, {**checkpoint, "build": build,
-                    "class_names": class_names, "category_ids": category_ids,
-                    "test_transform": test_transform,
-                    "args": {"data": data_set, "max_dets": 100 if data_set == "coco" else 500,
-                             "precision": "fp32", "drop_bad_boxes": True}}
+
+def convert(weights, resnet=None):
+    """A checkpoint of ours from the named tensors of a published one.
+
+    resnet: "torchvision" or "msra", if not the one the layout's authors used.
+    Returns (layout's name, checkpoint).  Raises CheckpointError.
+    """
+    layout, _, rules, build, test_transform = find_layout(weights)
+    weights = rename({k: v for k, v in weights.items() if not NOT_WEIGHTS.search(k)}, rules)
+    resnet, backbone = resnet or build.get("resnet", "torchvision"), resnet_name(weights)
+    if "detector" not in build:
+        own = models.ResNet(backbone).state_dict(prefix="backbone.")
+        return layout, {"model": fitted(weights, own, layout), "resnet": resnet}
+
+    # what the keys tell of the detector, and what its authors keep in another way than we
+    detector, options = build["detector"], {"backbone": backbone, "resnet": resnet}
+    if detector not in models.DENSE:
+        options.update(query_options(weights, detector))
+    if detector == "centernet":
+        options["deform"] = "neck.steps.0.conv.offset.weight" in weights
+        fold_bias(weights)
+    if detector == "fcos" and "variant" in build:
+        weights.setdefault("scale", torch.ones(5))          # they have none
+    num_classes = settle_classes(weights, layout, detector)
+
+    build = {**build, **options, "num_classes": num_classes}
+    model = fitted(weights, checkpoints.build(**build).state_dict(), layout)
+    if layout == "torchvision RetinaNet":
+        sizes_outer(model)
+
+    # the classes, and how its authors test
+    names, ids, args = DATA_SETS[num_classes]
+    if num_classes == 1 and test_transform is COCO_TEST:
+        test_transform = CROWDHUMAN_TEST.get(detector, CROWDHUMAN_TEST[""])
+    args = {**args, "precision": "fp32", "drop_bad_boxes": True}
+    return layout, {"model": model, "build": build, "class_names": names, "category_ids": ids,
+                    "test_transform": test_transform, "args": args}
 
 
 def main():
@@ -498,7 +453,7 @@ def main():
         except CheckpointError as error:
             raise (error if str(error).startswith(args.file)
                    else CheckpointError(f"{args.file}: {error}")) from None
-        models.save_whole(checkpoint, Path(args.out))
+        checkpoints.save_whole(checkpoint, Path(args.out))
     except (CheckpointError, OSError) as error:
         print(f"convert.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,7 @@
-"""convert.py beyond test_parity.py (which converts every published layout): files, refusals, folding, evaluation."""
+"""convert.py beyond test_parity.py, which converts every published layout.
+
+Files, refusals, folding, evaluation, and what earlier versions converted.
+"""
 import argparse
 import json
 import os
@@ -11,79 +14,116 @@ import torch
 from PIL import Image
 from torchvision.ops import deform_conv2d
 
+import checkpoints
 import convert
 import evaluate
 import models
-from test_parity import reference, value
+import variants
+from checkpoints import CheckpointError
+from test_parity import loaded, reference, value
+
+
+def published_weights(name):
+    """Named tensors of a published model, as its authors' code names and shapes them."""
+    shapes = reference()[name]["shapes"]
+    return {key: value(key, shape, shapes) for key, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
 def onenet_r18():
     """Named tensors of OneNet's CenterNet with a ResNet-18, plain convolutions."""
-    shapes = reference()["onenet_centernet_r18_nodcn"]["shapes"]
-    return {key: value(key, shape, shapes) for key, shape in shapes.items()}
+    return published_weights("onenet_centernet_r18_nodcn")
 
 
 @pytest.fixture(scope="module")
 def detectron2():
     """Named tensors of detectron2's RetinaNet."""
-    shapes = reference()["d2_retinanet_r50"]["shapes"]
-    return {key: value(key, shape, shapes) for key, shape in shapes.items()}
+    return published_weights("d2_retinanet_r50")
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_checkpoint_as_its_training_code_saved_it_needs_no_flag_in_evaluation(onenet_r18, tmp_path, command):
-    """Published file -> convert.py -> evaluate.py --data coco: detector, classes, size and pixels travel inside."""
-    torch.save({"model": onenet_r18, "optimizer": {"state": {}}, "iteration": 269_999}, tmp_path / "model_final.pth")
+# ------------------------------------------------------------------------------------------------
+# from file to figures
+# ------------------------------------------------------------------------------------------------
+
+def coco_of_one_picture(folder):
+    """COCO's files with one picture and one toothbrush."""
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "val2017").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "val2017" / "1.jpg")
+    categories = [{"id": i, "name": name} for i, name in zip(convert.COCO_IDS, convert.COCO_NAMES)]
+    toothbrush = {"id": 1, "image_id": 1, "category_id": 90, "bbox": [5, 5, 40, 40], "area": 1600,
+                  "iscrowd": 0}
+    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": "1.jpg", "height": 60, "width": 90}],
+        "categories": categories, "annotations": [toothbrush]}))
+    return folder
+
+
+def test_a_checkpoint_as_its_training_code_saved_it_needs_no_flag_in_evaluation(
+        onenet_r18, tmp_path, command):
+    """Published file -> convert.py -> evaluate.py --data coco:
+    detector, classes, size and pixels travel inside.
+    """
+    torch.save({"model": onenet_r18, "optimizer": {"state": {}}, "iteration": 269_999},
+               tmp_path / "model_final.pth")
     code, out, err = command(convert, tmp_path / "model_final.pth", "--out", tmp_path / "ours.pt")
     assert code == 0 and "OneNet CenterNet" in out and not err
-    coco = tmp_path / "coco"
-    (coco / "annotations").mkdir(parents=True)
-    (coco / "val2017").mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(coco / "val2017" / "1.jpg")
-    categories = [{"id": i, "name": name} for i, name in zip(convert.COCO_IDS, convert.COCO_NAMES)]
-    (coco / "annotations" / "instances_val2017.json").write_text(json.dumps({
-        "images": [{"id": 1, "file_name": "1.jpg", "height": 60, "width": 90}], "categories": categories,
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 90, "bbox": [5, 5, 40, 40], "area": 1600, "iscrowd": 0}]}))
-    code, out, err = command(evaluate, "--weights", tmp_path / "ours.pt", "--data", "coco", "--data-dir", coco, "--device", "cpu",
-                             "--out", tmp_path / "scores")
+
+    coco = coco_of_one_picture(tmp_path / "coco")
+    code, out, err = command(evaluate, "--weights", tmp_path / "ours.pt", "--data", "coco",
+                             "--data-dir", coco, "--device", "cpu", "--out", tmp_path / "scores")
     assert code == 0 and "AP(+NMS)" in out, err
     found = json.loads((tmp_path / "scores" / "detections.json").read_text())
-    assert 90 <= len(found) <= 100 and {d["category_id"] for d in found} <= set(convert.COCO_IDS)
+    assert 90 <= len(found) <= 100
+    assert {d["category_id"] for d in found} <= set(convert.COCO_IDS)
 
 
-def test_crowdhumans_one_class_brings_its_test_size():
-    """OneNet tests at 800 / 1400; COCO's classifiers cut to their first class stand for the released files."""
-    for name, layer in (("onenet_fcos_r50", "head.cls_score"), ("onenet_centernet_r18_nodcn", "head.cls_score")):
-        shapes = dict(reference()[name]["shapes"])
-        for key in shapes:
-            if key.startswith(layer):
-                shapes[key] = (1, *shapes[key][1:])
-        layout, checkpoint = convert.convert({key: value(key, shape, shapes) for key, shape in shapes.items()})
-        assert checkpoint["class_names"] == ["person"] and checkpoint["args"]["max_dets"] == 500
-        assert checkpoint["test_transform"] == ({"shortest": [800], "longest": 1400} if "FCOS" in layout else {"shortest": [512], "longest": 853})
+@pytest.mark.parametrize("name, shortest, longest", [
+    ("onenet_fcos_r50", [800], 1400),
+    ("onenet_centernet_r18_nodcn", [512], 853),
+])
+def test_crowdhumans_one_class_brings_its_test_size(name, shortest, longest):
+    """COCO's classifiers cut to their first class stand for OneNet's released files."""
+    shapes = dict(reference()[name]["shapes"])
+    for key in shapes:
+        if key.startswith("head.cls_score"):
+            shapes[key] = (1, *shapes[key][1:])
+    weights = {key: value(key, shape, shapes) for key, shape in shapes.items()}
+    _, checkpoint = convert.convert(weights)
+    assert checkpoint["class_names"] == ["person"] and checkpoint["args"]["max_dets"] == 500
+    assert checkpoint["test_transform"] == {"shortest": shortest, "longest": longest}
 
 
 def test_cocos_classes_are_ranks_of_their_ids():
     assert len(convert.COCO_IDS) == len(convert.COCO_NAMES) == 80
     known = dict(zip(convert.COCO_IDS, convert.COCO_NAMES))
-    assert (known[1], known[13], known[25], known[44], known[67], known[90]) == (
-        "person", "stop sign", "giraffe", "bottle", "dining table", "toothbrush")
+    assert [known[i] for i in (1, 13, 25, 44, 67, 90)] == [
+        "person", "stop sign", "giraffe", "bottle", "dining table", "toothbrush"]
 
 
 def test_detectron2s_pickle_of_arrays_gives_the_same_weights(detectron2, tmp_path):
     arrays = {k: v.numpy() for k, v in detectron2.items()}
+    content = {"model": arrays, "__author__": "Detectron2 Model Zoo"}
     for protocol in (2, 4):
-        (tmp_path / "zoo.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}, protocol))
+        (tmp_path / "zoo.pkl").write_bytes(pickle.dumps(content, protocol))
         assert same(convert.read(tmp_path / "zoo.pkl"), detectron2)
-    _, checkpoint = convert.convert(convert.read(tmp_path / "zoo.pkl"))
-    model = models.from_checkpoint(checkpoint, "zoo.pkl")
-    assert model.pixels == "bgr" and model.backbone.body.layer2[0].conv1.stride == (2, 2)          # MSRA's ResNet
-    assert model.backbone.body.layer1[0].conv1.stride == model.backbone.body.layer2[0].conv2.stride == (1, 1)
 
+    # on MSRA's ResNet
+    _, checkpoint = convert.convert(convert.read(tmp_path / "zoo.pkl"))
+    model = loaded(checkpoint)
+    first, second = model.backbone.body.layer1[0], model.backbone.body.layer2[0]
+    assert model.pixels == "bgr" and second.conv1.stride == (2, 2)
+    assert first.conv1.stride == second.conv2.stride == (1, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# refusals
+# ------------------------------------------------------------------------------------------------
 
 class Harmful:
     def __reduce__(self):
@@ -107,18 +147,35 @@ def test_keys_that_are_missing_left_over_or_of_another_shape_are_all_listed(dete
     del weights["head.bbox_subnet.4.bias"], weights["backbone.fpn_lateral4.weight"]
     weights["head.extra.weight"] = torch.zeros(3)
     weights["backbone.fpn_output3.bias"] = torch.zeros(7)
-    with pytest.raises(models.CheckpointError) as error:
+    with pytest.raises(CheckpointError) as error:
         convert.convert(weights)
-    for words in ("4 entries", "missing box_tower.4.bias", "missing neck.lateral.1.weight", "left over head.extra.weight", "neck.output.0.bias is (7,), not (256,)"):
+    for words in ("4 entries", "missing box_tower.4.bias", "missing neck.lateral.1.weight",
+                  "left over head.extra.weight", "neck.output.0.bias is (7,), not (256,)"):
         assert words in str(error.value)
 
 
-@pytest.mark.parametrize("content, words", [({"model": {"a.weight": torch.zeros(2)}}, "none of the published layouts"), ([1, 2], "holds a list"), (None, "check the path")])
+@pytest.mark.parametrize("key", ["head.regression_head.bbox_reg.bias",
+                                 "head.classification_head.cls_logits.bias"])
+def test_a_torchvision_retinanet_that_lacks_a_bias_is_told_so(key):
+    """Its anchors are reordered: not before it is known that all are there."""
+    weights = published_weights("tv_retinanet_r50")
+    del weights[key]
+    ours = {"bbox_reg": "delta.bias", "cls_logits": "score.bias"}[key.split(".")[-2]]
+    with pytest.raises(CheckpointError, match=f"1 entries do not fit: missing {ours}"):
+        convert.convert(weights)
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"model": {"a.weight": torch.zeros(2)}}, "none of the published layouts"),
+    ([1, 2], "holds a list"),
+    (None, "check the path"),
+])
 def test_other_files_are_refused_in_one_sentence(tmp_path, command, content, words):
     if content is not None:
         torch.save(content, tmp_path / "x.pth")
     code, _, err = command(convert, tmp_path / "x.pth", "--out", tmp_path / "out.pt")
-    assert code == 2 and err.count("\n") == 1 and words in err and not (tmp_path / "out.pt").exists()
+    assert code == 2 and err.count("\n") == 1 and words in err
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_what_is_there_is_not_overwritten(onenet_r18, tmp_path, command):
@@ -128,8 +185,31 @@ def test_what_is_there_is_not_overwritten(onenet_r18, tmp_path, command):
     assert code == 2 and "exists" in err and (tmp_path / "out.pt").read_text() == "mine"
 
 
+def test_a_dilated_detr_is_refused_where_its_file_says_so(tmp_path, command):
+    torch.save({"model": {"query_embed.weight": torch.zeros(1)},
+                "args": argparse.Namespace(dilation=True)}, tmp_path / "dc5.pth")
+    code, _, err = command(convert, tmp_path / "dc5.pth", "--out", tmp_path / "out.pt")
+    assert code == 2 and "DC5" in err and err.count("\n") == 1
+
+
+def test_a_two_stage_deformable_detr_is_refused(tmp_path, command):
+    """Under the names its authors' code gives; no row of the paper uses it."""
+    shapes = reference()["deformable_detr_r50_two_stage"]["shapes"]
+    torch.save({"model": {key: torch.zeros(1) for key in shapes}}, tmp_path / "two_stage.pth")
+    code, _, err = command(convert, tmp_path / "two_stage.pth", "--out", tmp_path / "out.pt")
+    assert code == 2 and err.count("\n") == 1
+    assert "two_stage.pth: two-stage Deformable DETR is not supported" in err
+    assert not (tmp_path / "out.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# other names, other forms
+# ------------------------------------------------------------------------------------------------
+
 def centernet_names(own):
-    """CenterNet's own names for our original CenterNet's: written down from its modules, not from convert.py's rules."""
+    """CenterNet's own names for our original CenterNet's:
+    written down from its modules, not from convert.py's rules.
+    """
     modules = {"conv": 0, "conv_norm": 1, "up": 3, "up_norm": 4}
     heads = {"score": "hm", "size": "wh", "offset": "reg"}
     names = {}
@@ -145,84 +225,207 @@ def centernet_names(own):
     return names
 
 
-def test_centernets_own_file_and_the_bias_of_its_deformable_convolutions():
-    """Batch norm's mean takes the bias in: the first step up gives what convolution + bias + norm give."""
+def better_names(own):
+    """CenterNet-better's names for the same."""
+    steps = {"conv": "dcn", "conv_norm": "dcn_bn", "up": "up_sample", "up_norm": "up_bn"}
+    heads = {"score": "cls", "size": "wh", "offset": "reg"}
+    names = {}
+    for key in own:
+        part = key.split(".")
+        if part[0] == "backbone":
+            stage = {"conv1": "stage0.0", "bn1": "stage0.1"}.get(part[2])
+            stage = stage or part[2].replace("layer", "stage")
+            names[key] = ".".join(["backbone", stage, *part[3:]])
+        elif part[0] == "neck":
+            tail = ".".join(part[4:]).replace("offset", "conv_offset_mask")
+            names[key] = f"upsample.deconv{int(part[2]) + 1}.{steps[part[3]]}.{tail}"
+        else:
+            conv = {"0": "feat_conv", "2": "out_conv"}[part[1]]
+            names[key] = f"head.{heads[part[0]]}_head.{conv}.{part[2]}"
+    return names
+
+
+def random_centernet(**options):
+    """An original CenterNet whose batch norms have seen something."""
     torch.manual_seed(1)
-    source = models.build("centernet", 80, "resnet18", original=True, norm="batch", freeze=0, pixels="bgr-unit").eval()
-    for m in source.modules():
+    model = checkpoints.build("centernet", 80, "resnet18", original=True, norm="batch", freeze=0,
+                              **options).eval()
+    for m in model.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             m.running_mean.normal_()
             m.running_var.uniform_(0.5, 2)
-    own = {k: v for k, v in source.state_dict().items()}
+    return model
+
+
+def test_centernets_own_file_and_the_bias_of_its_deformable_convolutions():
+    """Batch norm's mean takes the bias in:
+    the first step up gives what convolution + bias + norm give.
+    """
+    source = random_centernet(pixels="bgr-unit")
+    own = source.state_dict()
     names = centernet_names(own)
-    published = {"module." + names[k]: v.clone() for k, v in own.items()}
-    layout, checkpoint = convert.convert({k.removeprefix("module."): v for k, v in published.items()})
+    published = {names[k]: v.clone() for k, v in own.items()}
+    layout, checkpoint = convert.convert(published)
     assert layout == "CenterNet" and same(checkpoint["model"], own)
+
     bias = torch.randn(256)
-    published["module.deconv_layers.0.bias"] = bias
-    model = models.from_checkpoint(convert.convert({k.removeprefix("module."): v for k, v in published.items()})[1], "ctdet.pth").eval()
-    assert model.pixels == "bgr-unit" and model.original
+    model = loaded(convert.convert({**published, "deconv_layers.0.bias": bias})[1]).eval()
+    assert model.pixels == "bgr-unit" and isinstance(model, models.OriginalCenterNet)
     x, step = torch.randn(1, 512, 4, 5), source.neck.steps[0]
     where = step.conv.offset(x)
-    y = deform_conv2d(x, where[:, :18].contiguous(), step.conv.weight, bias, padding=1, mask=where[:, 18:].sigmoid())
+    y = deform_conv2d(x, where[:, :18].contiguous(), step.conv.weight, bias, padding=1,
+                      mask=where[:, 18:].sigmoid())
     expected = step.up_norm(step.up(step.conv_norm(y).relu())).relu()
     assert (model.neck.steps[0](x) - expected).abs().max() < 1e-4
 
 
+def test_centernets_file_from_several_gpus_is_read_without_the_prefix(tmp_path):
+    own = random_centernet().state_dict()
+    names = centernet_names(own)
+    torch.save({"state_dict": {"module." + names[k]: v for k, v in own.items()}},
+               tmp_path / "ctdet.pth")
+    _, checkpoint = convert.convert(convert.read(tmp_path / "ctdet.pth"))
+    assert same(checkpoint["model"], own)
+
+
+def test_centernet_betters_file():
+    own = random_centernet().state_dict()
+    names = better_names(own)
+    layout, checkpoint = convert.convert({names[k]: v for k, v in own.items()})
+    assert layout == "CenterNet-better" and same(checkpoint["model"], own)
+
+
 def test_torchvisions_older_names_of_retinanets_towers():
-    """Before torchvision 0.13 convolution n of a tower was conv.2n, as in its released RetinaNet."""
-    shapes = reference()["tv_retinanet_r50"]["shapes"]
-    new = {key: value(key, shape, shapes) for key, shape in shapes.items()}
-    old = {re.sub(r"_head\.conv\.(\d)\.0\.", lambda m: f"_head.conv.{2 * int(m[1])}.", key): v for key, v in new.items()}
-    old = {re.sub(r"(inner|layer)_blocks\.(\d)\.0\.", r"\1_blocks.\2.", key): v for key, v in old.items()}
+    """Before torchvision 0.13 convolution n of a tower was conv.2n, as in its released file."""
+    new = published_weights("tv_retinanet_r50")
+    old = {}
+    for key, weight in new.items():
+        key = re.sub(r"_head\.conv\.(\d)\.0\.", lambda m: f"_head.conv.{2 * int(m[1])}.", key)
+        old[re.sub(r"(inner|layer)_blocks\.(\d)\.0\.", r"\1_blocks.\2.", key)] = weight
     assert old.keys() != new.keys()
     assert same(convert.convert(old)[1]["model"], convert.convert(new)[1]["model"])
 
 
+# ------------------------------------------------------------------------------------------------
+# backbones
+# ------------------------------------------------------------------------------------------------
+
 def caffe_names(key):
-    """The name detectron2's R-50.pkl has for a torchvision ResNet's tensor, as its loading logs list them."""
-    key = key.replace("weight", "gamma") if "bn" in key or "downsample.1" in key else key.replace("weight", "w")
-    key = key.replace("bias", "beta")
+    """The name detectron2's R-50.pkl has for a torchvision ResNet's tensor,
+    as its loading logs list them.
+    """
+    norm = "bn" in key or "downsample.1" in key
+    key = key.replace("weight", "gamma" if norm else "w").replace("bias", "beta")
     if not key.startswith("layer"):
         return {"conv1.w": "conv1_w"}.get(key, key.replace("bn1.", "res_conv1_bn_"))
+
     layer, block, rest = key[5:].split(".", 2)
-    for old, new in (("downsample.0.", "branch1_"), ("downsample.1.", "branch1_bn_"), *((f"conv{n}.", f"branch2{c}_") for n, c in ((1, "a"), (2, "b"), (3, "c"))),
-                     *((f"bn{n}.", f"branch2{c}_bn_") for n, c in ((1, "a"), (2, "b"), (3, "c")))):
-        if rest.startswith(old):
-            return f"res{int(layer) + 1}_{block}_{new}{rest[len(old):]}"
+    branches = {"downsample.0.": "branch1_", "downsample.1.": "branch1_bn_"}
+    for n, letter in ((1, "a"), (2, "b"), (3, "c")):
+        branches[f"conv{n}."] = f"branch2{letter}_"
+        branches[f"bn{n}."] = f"branch2{letter}_bn_"
+    for theirs, new in branches.items():
+        if rest.startswith(theirs):
+            return f"res{int(layer) + 1}_{block}_{new}{rest[len(theirs):]}"
 
 
-def test_imagenet_weights_of_both_kinds_become_backbones(detectron2, tmp_path, command):
-    """MSRA's want --resnet msra: loading them, or torchvision's into an MSRA network, is refused by the flag's name."""
+@pytest.fixture(scope="module")
+def imagenet():
+    """Random weights in place of a pre-trained ResNet-50's, under torchvision's names."""
     torch.manual_seed(2)
-    source = {k: torch.rand_like(v) for k, v in models.ResNet("resnet50").body.state_dict().items()}
-    arrays = {caffe_names(k): v.numpy() for k, v in source.items()}
-    assert {"conv1_w", "res_conv1_bn_gamma", "res2_0_branch1_bn_running_var", "res4_5_branch2c_w"} <= arrays.keys()
-    arrays |= {"conv1_b": np.zeros(64), "fc1000_w": np.zeros((1000, 2048)), "fc1000_b": np.zeros(1000)}
+    own = models.ResNet("resnet50").body.state_dict()
+    return {k: torch.rand_like(v) for k, v in own.items()}
+
+
+CLASSIFIER = {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
+
+
+def test_msras_weights_want_their_flag(imagenet, tmp_path, command):
+    """Loading them without --resnet msra, or torchvision's with it, is refused by its name."""
+    arrays = {caffe_names(k): v.numpy() for k, v in imagenet.items()}
+    assert {"conv1_w", "res_conv1_bn_gamma", "res2_0_branch1_bn_running_var",
+            "res4_5_branch2c_w"} <= arrays.keys()
+    arrays["conv1_b"] = np.zeros(64)
+    arrays |= {"fc1000_w": np.zeros((1000, 2048)), "fc1000_b": np.zeros(1000)}
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(arrays))
     code, out, err = command(convert, tmp_path / "R-50.pkl", "--out", tmp_path / "msra.pt")
     assert code == 0 and "MSRA" in out, err
-    right = models.build("fcos", 3, "resnet50", resnet="msra")
-    models.load_backbone(right.backbone, tmp_path / "msra.pt")
-    assert same(right.backbone.body.state_dict(), source) and right.pixels == "bgr"
-    with pytest.raises(models.CheckpointError, match="--resnet msra"):
-        models.load_backbone(models.build("fcos", 3, "resnet50").backbone, tmp_path / "msra.pt")
-    with pytest.raises(models.CheckpointError, match="--resnet msra"):
-        models.load_backbone(right.backbone, "imagenet")
 
-    detectron = {k.removeprefix("backbone.bottom_up."): v for k, v in detectron2.items() if "bottom_up" in k} | {"stem.fc.weight": torch.zeros(1000, 2048), "stem.fc.bias": torch.zeros(1000)}
-    layout, checkpoint = convert.convert(detectron)                  # detectron2's conversion of torchvision's weights
+    right = checkpoints.build("fcos", 3, "resnet50", resnet="msra")
+    checkpoints.load_backbone(right.backbone, tmp_path / "msra.pt")
+    assert same(right.backbone.body.state_dict(), imagenet) and right.pixels == "bgr"
+    wrong = checkpoints.build("fcos", 3, "resnet50")
+    with pytest.raises(CheckpointError, match="--resnet msra"):
+        checkpoints.load_backbone(wrong.backbone, tmp_path / "msra.pt")
+    with pytest.raises(CheckpointError, match="--resnet msra"):
+        checkpoints.load_backbone(right.backbone, "imagenet")
+
+
+def test_torchvisions_weights_under_detectron2s_names(detectron2):
+    bottom_up = "backbone.bottom_up."
+    weights = {k.removeprefix(bottom_up): v for k, v in detectron2.items() if bottom_up in k}
+    weights |= {f"stem.{k}": v for k, v in CLASSIFIER.items()}
+    _, checkpoint = convert.convert(weights)
     assert checkpoint["resnet"] == "torchvision"
-    assert torch.equal(checkpoint["model"]["backbone.body.layer2.0.downsample.0.weight"], detectron["res3.0.shortcut.weight"])
+    assert torch.equal(checkpoint["model"]["backbone.body.layer2.0.downsample.0.weight"],
+                       weights["res3.0.shortcut.weight"])
 
-    layout, checkpoint = convert.convert({**source, "fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)})
+
+def test_torchvisions_own_weights(imagenet, tmp_path):
+    layout, checkpoint = convert.convert({**imagenet, **CLASSIFIER})
     torch.save(checkpoint, tmp_path / "tv.pt")
-    model = models.build("fcos", 3, "resnet50")
-    models.load_backbone(model.backbone, tmp_path / "tv.pt")
-    assert layout == "torchvision ResNet" and same(model.backbone.body.state_dict(), source)
+    model = checkpoints.build("fcos", 3, "resnet50")
+    checkpoints.load_backbone(model.backbone, tmp_path / "tv.pt")
+    assert layout == "torchvision ResNet"
+    assert same(model.backbone.body.state_dict(), imagenet)
 
 
-def test_a_dilated_detr_is_refused_where_its_file_says_so(tmp_path, command):
-    torch.save({"model": {"query_embed.weight": torch.zeros(1)}, "args": argparse.Namespace(dilation=True)}, tmp_path / "dc5.pth")
-    code, _, err = command(convert, tmp_path / "dc5.pth", "--out", tmp_path / "out.pt")
-    assert code == 2 and "DC5" in err and err.count("\n") == 1
+# ------------------------------------------------------------------------------------------------
+# what earlier versions converted
+# ------------------------------------------------------------------------------------------------
+
+# published model, what the earlier version wrote beside the names of today, and the class
+EARLIER = [
+    ("tv_retinanet_r50", {"torchvision_grid": True, "extra_from": "p5"},
+     variants.TorchvisionRetinaNet),
+    ("tv_fcos_r50", {"torchvision_grid": True, "score_threshold": 0.2}, variants.TorchvisionFCOS),
+    ("d2_fcos_r50", {"score_threshold": 0.2}, variants.Detectron2FCOS),
+    ("d2_retinanet_r50", {}, models.OriginalRetinaNet),
+    ("deformable_detr_r50_refine", {"two_stage": False}, checkpoints.DETECTORS["deformable-detr"]),
+]
+
+
+@pytest.mark.parametrize("name, earlier, kind", EARLIER)
+def test_what_an_earlier_version_converted_still_loads(name, earlier, kind):
+    """RetinaNet's files held the moving average that its loss keeps now."""
+    _, checkpoint = convert.convert(published_weights(name))
+    build = {k: v for k, v in checkpoint["build"].items() if k != "variant"}
+    weights = dict(checkpoint["model"])
+    if "retinanet" in name:
+        weights["positives_average"] = torch.tensor(100.0)
+
+    model = loaded({**checkpoint, "build": {**build, **earlier}, "model": weights})
+    assert type(model) is kind
+    assert same(model.state_dict(), checkpoint["model"])
+
+
+def test_options_that_were_called_otherwise_still_build(tmp_path):
+    """extra, scales and widths were names of options; laterals was said of OneNet's CenterNet."""
+    earlier = [({"detector": "retinanet", "width": 64, "extra": 0, "scales": 1},
+                {"width": 64, "extra_levels": 0, "anchor_scales": 1}),
+               ({"detector": "centernet", "widths": [64, 32], "deform": False, "laterals": True},
+                {"neck_widths": [64, 32], "deform": False})]
+    for old, new in earlier:
+        source = checkpoints.build(old["detector"], 3, "tiny", **new)
+        torch.save({"build": {**old, "num_classes": 3, "backbone": "tiny", "original": False},
+                    "model": source.state_dict(), "class_names": ["a", "b", "c"],
+                    "test_transform": {}, "args": {}}, tmp_path / "last.pt")
+        model, _ = checkpoints.load(tmp_path / "last.pt")
+        assert type(model) is type(source) and same(model.state_dict(), source.state_dict())
+
+
+def test_a_two_stage_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path):
+    torch.save({"build": {"detector": "deformable-detr", "two_stage": True}, "model": {}},
+               tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="last.pt: two-stage Deformable DETR is not support"):
+        checkpoints.load(tmp_path / "last.pt")

@@ -22,16 +22,17 @@ from torchvision.models import detection
 from torchvision.ops import generalized_box_iou_loss
 
 import assign
+import checkpoints
 import convert
 import data
 import evaluate
 import losses
 import models
-import train
 from conftest import HERE
 
 ONENET = ("onenet_retinanet_r50", "onenet_fcos_r50", "onenet_centernet_r18_dcn",
           "onenet_centernet_r18_nodcn", "onenet_centernet_r50_dcn", "onenet_centernet_r50_nodcn")
+LAMBDAS = {"lambda_cls": 2.0, "lambda_l1": 5.0, "lambda_iou": 2.0}        # as published
 ORIGINAL = ("d2_retinanet_r50", "d2_fcos_r50", "tv_retinanet_r50", "tv_fcos_r50")
 
 
@@ -86,6 +87,14 @@ def value(key, shape, keys):
     return gain * z / math.sqrt(math.prod(shape[1:]))
 
 
+def loaded(checkpoint):
+    """The detector of a checkpoint, as it comes out of a file."""
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    file.seek(0)
+    return checkpoints.load(file)[0]
+
+
 class Published:
     """One published model under our roof:
     the reference figures, and our model with the same weights.
@@ -96,7 +105,7 @@ class Published:
         shapes = self.expected["shapes"]
         self.weights = {key: value(key, shape, shapes) for key, shape in shapes.items()}
         self.layout, self.checkpoint = convert.convert(self.weights, "torchvision")
-        self.model = models.from_checkpoint(self.checkpoint, name).eval()
+        self.model = loaded(self.checkpoint).eval()
         self.images, self.mask, _ = data.collate([(image, {}) for image in reference()["images"]])
         with torch.no_grad():
             self.prediction = self.model(self.images, self.mask)
@@ -168,7 +177,7 @@ def test_the_outputs_are_those_of_the_published_code(published):
         close(candidates, expected["anchors"])
 
     if published.name in ("d2_fcos_r50", "tv_fcos_r50"):
-        stride = torch.tensor(published.model.strides)[prediction.levels][None, :, None]
+        stride = prediction.strides[None, :, None]
         points = candidates[:, :2]
         left_top = points - prediction.boxes[..., :2]
         right_bottom = prediction.boxes[..., 2:] - points
@@ -191,7 +200,7 @@ def test_the_detections_are_those_of_the_published_code(published):
         variant, n = which.split("/")
         size = torch.tensor(reference()["images"][int(n)].shape[1:])
         original = torch.tensor(reference()["original_sizes"][int(n)])
-        found = published.model.detections(published.prediction, int(n), 100)[variant]
+        found = published.model.detections(published.prediction.image(int(n)), 100)[variant]
         boxes, scores, labels = models.to_original(found, {"size": size, "original_size": original})
 
         their_labels = torch.as_tensor(expected["labels"])
@@ -217,13 +226,14 @@ def training_prediction(p):
     return p.model(p.images, p.mask)
 
 
-def released_level_cost(points, levels, gt, strides):
+def released_level_cost(points, strides, gt):
     """The released code's level rule: its largest distance is over left, right and bottom,
     the top one is overwritten.
     """
     left, _, right, bottom = assign.side_distances(points, gt).unbind(-1)
     reach = torch.stack([left, bottom, right, bottom]).amax(0)
-    edges = torch.tensor([[-1, 64], [64, 128], [128, 256], [256, 512], [512, math.inf]])[levels]
+    edges = {8: (-1, 64), 16: (64, 128), 32: (128, 256), 64: (256, 512), 128: (512, math.inf)}
+    edges = torch.tensor([edges[int(stride)] for stride in strides])
     return 9999.0 * ~((edges[:, :1] <= reach) & (reach <= edges[:, 1:]))
 
 
@@ -245,9 +255,9 @@ def test_training_outputs_matches_losses_and_gradients(onenet, monkeypatch):
                     if k.startswith(start)}
         targets = onenet.targets(which)
         location = "predefined" if predefined else "predicted"
-        cost = train.make_cost(onenet.model, {"detector": detector, "assign": "hungarian",
-                                              "class_cost": class_cost, "location_cost": location})
-        matches = assign.match(prediction, targets, cost, assign.hungarian)
+        row = losses.row({"detector": detector, "assign": "hungarian", "class_cost": class_cost,
+                          "location_cost": location, **LAMBDAS})
+        matches = assign.match(prediction, targets, row.cost, row.strategy)
 
         released = []
         for n, (target, ours) in enumerate(zip(targets, matches[0])):
@@ -264,9 +274,8 @@ def test_training_outputs_matches_losses_and_gradients(onenet, monkeypatch):
                 assert torch.equal(ours.prediction, their_prediction)
                 assert torch.equal(ours.object, their_object)
 
-            one = {"logits": prediction.logits[n], "boxes": prediction.boxes[n],
-                   "candidates": prediction.candidates, "levels": prediction.levels}
-            paid = cost(one, target).detach()[ours.prediction, ours.object].sum()
+            paid = row.cost(prediction.image(n), target).detach()
+            paid = paid[ours.prediction, ours.object].sum()
             total = sum(expected[f"match/{n}/cost"])
             # rounding behind batch norm, as above
             tolerance = 1e-4
@@ -275,7 +284,7 @@ def test_training_outputs_matches_losses_and_gradients(onenet, monkeypatch):
             assert float(paid) == pytest.approx(total, rel=tolerance, abs=tolerance)
 
         num_objects = max(1, sum(len(t["boxes"]) for t in targets))
-        terms = losses.set_loss(prediction, targets, [released], num_objects)
+        terms = row.loss(prediction, targets, [released], num_objects)
         for term, name in (("class", "loss_ce"), ("l1", "loss_bbox"), ("giou", "loss_giou")):
             theirs = float(expected[f"loss/{name}"])
             assert float(terms[term].detach()) == pytest.approx(theirs, rel=1e-4, abs=1e-6), \
@@ -319,12 +328,12 @@ def test_our_level_rule_uses_the_true_four_distances():
     the released rule takes a finer level for a point near its bottom.
     """
     gt = torch.tensor([[0.0, 0.0, 20.0, 100.0]])
-    point, level = torch.tensor([[10.0, 90.0, 10.0, 90.0]]), torch.tensor([0])
-    strides = (8, 16, 32, 64, 128)
-    # bottom distance 10, left 10
-    assert float(released_level_cost(point, level, gt, strides)) == 0
+    points = torch.tensor([[10.0, 90.0, 10.0, 90.0]] * 5)
+    strides = torch.tensor([8.0, 16.0, 32.0, 64.0, 128.0])
+    # on the finest level: bottom distance 10, left 10
+    assert released_level_cost(points, strides, gt)[0] == 0
     # top distance 90 > 64
-    assert float(assign.level_cost(point, level, gt, strides)) == 9999
+    assert assign.level_cost(points, strides, gt)[:2, 0].tolist() == [9999, 0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -341,66 +350,68 @@ def detectron_fcos():
     return Published("d2_fcos_r50")
 
 
+def original_row(model):
+    detector = "fcos" if isinstance(model, models.OriginalFCOS) else "retinanet"
+    return losses.row({"detector": detector, "assign": "one-to-many"})
+
+
 def original_matches(model, prediction, targets):
-    detector = "fcos" if isinstance(model, models.FCOS) else "retinanet"
-    flags = {"detector": detector, "assign": "one-to-many"}
-    cost, strategy = train.make_cost(model, flags), train.make_strategy(flags)
-    return assign.match(prediction, targets, cost, strategy)[0]
+    cost, strategy, _ = original_row(model)
+    return assign.match(prediction, targets, cost, strategy)
 
 
-def open_range_matches(model, prediction, targets):
+def open_range_matches(prediction, targets):
     """FCOS's positives as detectron2 and torchvision choose them:
     a distance on the edge of a level's range is outside.
     """
-    strides = model.strides
-
     def cost(one, target):
-        reach = assign.side_distances(one["candidates"], target["boxes"]).amax(-1)
-        low = torch.tensor([0, *[4 * s for s in strides[1:]]])[one["levels"]][:, None]
-        high = torch.tensor([*[8 * s for s in strides[:-1]], math.inf])[one["levels"]][:, None]
-        area = assign.fcos_area_cost(one["candidates"], one["levels"], target["boxes"], strides)
+        reach = assign.side_distances(one.candidates, target["boxes"]).amax(-1)
+        low = torch.where(one.strides == 8, 0, 4 * one.strides)[:, None]
+        high = torch.where(one.strides == 128, math.inf, 8 * one.strides)[:, None]
+        area = assign.fcos_area_cost(one, target)
         return area.masked_fill(~((low < reach) & (reach < high)), math.inf)
 
-    return assign.match(prediction, targets, cost, assign.one_to_many_points)[0]
+    return assign.match(prediction, targets, cost, assign.one_to_many_points)
 
 
 def positive_pairs(matches):
-    return sorted((n, int(q)) for n, m in enumerate(matches) for q in m.prediction)
+    return sorted((n, int(q)) for n, m in enumerate(matches[0]) for q in m.prediction)
 
 
 @pytest.mark.parametrize("which", ["t0", "t1", "t2", "t3"])
 def test_the_original_retinanet_has_detectron2s_positives_and_losses(detectron_retinanet, which):
-    p = detectron_retinanet
-    p.model.positives_average.fill_(100)
+    p, loss = detectron_retinanet, losses.RetinaNetLoss()
     expected = {k.removeprefix(which + "/"): v for k, v in p.expected["train"].items()
                 if k.startswith(which + "/")}
     targets = p.targets(which)
     matches = original_matches(p.model, p.prediction, targets)
     their_pairs = torch.as_tensor(expected["pos_index"]).reshape(-1, 2).tolist()
     assert positive_pairs(matches) == sorted(map(tuple, their_pairs))
-    assert [len(m.ignored) for m in matches] == [row[1] for row in expected["n_pos_ign"]]
+    assert [len(m.ignored) for m in matches[0]] == [row[1] for row in expected["n_pos_ign"]]
 
-    terms = losses.retinanet_loss(p.prediction, targets, [matches])
+    num_objects = max(1, sum(len(t["boxes"]) for t in targets))
+    terms = loss(p.prediction, targets, matches, num_objects)
     of_class, of_boxes = float(expected["loss/loss_cls"]), float(expected["loss/loss_box_reg"])
     average = float(expected["loss_normalizer"])
     assert float(terms["class"]) == pytest.approx(of_class, rel=1e-4)
     assert float(terms["l1"]) == pytest.approx(of_boxes, rel=1e-4, abs=1e-7)
-    assert float(p.model.positives_average) == pytest.approx(average, rel=1e-6)
+    assert float(loss.positives_average) == pytest.approx(average, rel=1e-6)
 
     # the same batch again: only the moving average has moved
     if "second_step_losses" in expected:
-        again = losses.retinanet_loss(p.prediction, targets, [matches])
+        again = loss(p.prediction, targets, matches, num_objects)
         second = sorted(expected["second_step_losses"])
         assert sorted(float(v) for v in again.values()) == pytest.approx(second, rel=1e-4)
 
 
 def test_the_gradients_of_the_original_retinanet(detectron_retinanet):
-    p = detectron_retinanet
-    p.model.positives_average.fill_(100)
+    p, targets = detectron_retinanet, detectron_retinanet.targets("t0")
     prediction = p.model(p.images, p.mask)
-    matches = original_matches(p.model, prediction, p.targets("t0"))
+    matches = original_matches(p.model, prediction, targets)
     p.model.zero_grad()
-    sum(losses.retinanet_loss(prediction, p.targets("t0"), [matches]).values()).backward()
+    num_objects = sum(len(t["boxes"]) for t in targets)
+    terms = original_row(p.model).loss(prediction, targets, matches, num_objects)
+    sum(terms.values()).backward()
     compare_gradients(p, p.expected["train"]["t0/gradient_norms"])
 
 
@@ -416,20 +427,20 @@ def test_the_original_fcos_has_detectron2s_positives_and_losses(detectron_fcos, 
     expected = {k.removeprefix(which + "/"): v for k, v in p.expected["train"].items()
                 if k.startswith(which + "/")}
     targets = p.targets(which)
-    matches = open_range_matches(p.model, p.prediction, targets)
+    matches = open_range_matches(p.prediction, targets)
     their_pairs = torch.as_tensor(expected["pos_index"]).reshape(-1, 2).tolist()
     closed = original_matches(p.model, p.prediction, targets)
     assert set(positive_pairs(matches)) <= set(positive_pairs(closed))
     assert positive_pairs(matches) == sorted(map(tuple, their_pairs))
 
     # detectron2's form: everything over its moving average
-    index, gt, labels = losses.positives(targets, matches)
+    index, gt, labels = losses.positives(targets, matches[0])
     count = len(gt)
     average = 0.9 * 300 + 0.1 * max(count, 1)
     assert average == pytest.approx(float(expected["loss_normalizer"]), rel=1e-6)
 
     of_class = float(expected["loss/loss_fcos_cls"])
-    focal = losses.focal_loss(p.prediction.logits, index, labels, matches)
+    focal = losses.focal_loss(p.prediction.logits, index, labels, matches[0])
     assert float(focal) / average == pytest.approx(of_class, rel=1e-4)
 
     of_boxes = float(expected["loss/loss_fcos_loc"])
@@ -447,7 +458,7 @@ def test_the_original_fcos_has_detectron2s_positives_and_losses(detectron_fcos, 
     assert float(entropy) / average == pytest.approx(of_centreness, rel=1e-4, abs=1e-7)
 
     # the authors' form, from detectron2's figures
-    ours = losses.fcos_loss(p.prediction, targets, [matches])
+    ours = losses.fcos_loss(p.prediction, targets, matches, max(1, len(gt)))
     ratio = average / max(count, 1)
     assert float(ours["class"]) == pytest.approx(of_class * ratio, rel=1e-4)
     assert float(ours["centreness"]) == pytest.approx(of_centreness * ratio, rel=1e-4, abs=1e-7)
@@ -482,7 +493,7 @@ class Torchvision:
         self.theirs.eval()
 
         self.pictures = [image / 255 for image in reference()["images"]]
-        self.ours = models.from_checkpoint(convert.convert(weights)[1], name).eval()
+        self.ours = loaded(convert.convert(weights)[1]).eval()
         images, mask, _ = data.collate([(image, {}) for image in reference()["images"]])
         with torch.no_grad():
             self.prediction = self.ours(images, mask)
@@ -515,8 +526,9 @@ def test_the_detections_are_torchvisions(torchvision_peer):
         h, w = reference()["images"][n].shape[1:]
         boxes = p.prediction.boxes.clamp(min=0).minimum(torch.tensor([w, h, w, h]))
         clipped = models.Prediction(p.prediction.logits, boxes, p.prediction.candidates,
-                                    p.prediction.levels, raw=p.prediction.raw)
-        boxes, scores, labels = p.ours.detections(clipped, n, len(found["boxes"]))["nms"]
+                                    p.prediction.strides, raw=p.prediction.raw)
+        found_here = p.ours.detections(clipped.image(n), len(found["boxes"]))
+        boxes, scores, labels = found_here["nms"]
         assert len(boxes) == len(found["boxes"]) > 20
         assert (scores - found["scores"]).abs().max() < 1e-5
         assert torch.tensor(convert.COCO_IDS)[labels].tolist() == found["labels"].tolist()
@@ -534,12 +546,12 @@ def test_torchvisions_losses_come_out_of_our_pieces(torchvision_peer, which):
                for n, (t, image) in enumerate(pairs)]
     expected = p.losses(targets)
 
-    if isinstance(p.ours, models.FCOS):
-        matches = open_range_matches(p.ours, p.prediction, targets)
-        index, gt, labels = losses.positives(targets, matches)
+    if isinstance(p.ours, models.OriginalFCOS):
+        matches = open_range_matches(p.prediction, targets)
+        index, gt, labels = losses.positives(targets, matches[0])
         count = max(1, len(gt))
         centreness = losses.centreness_target(p.prediction.candidates[index[1]], gt)
-        focal = losses.focal_loss(p.prediction.logits, index, labels, matches)
+        focal = losses.focal_loss(p.prediction.logits, index, labels, matches[0])
         giou = generalized_box_iou_loss(p.prediction.boxes[index], gt, reduction="sum")
         entropy = F.binary_cross_entropy_with_logits(p.prediction.raw["centreness"][index],
                                                      centreness, reduction="sum")
@@ -548,7 +560,7 @@ def test_torchvisions_losses_come_out_of_our_pieces(torchvision_peer, which):
     else:
         matches = original_matches(p.ours, p.prediction, targets)
         ours = {"classification": 0.0, "bbox_regression": 0.0}
-        for n, (target, m) in enumerate(zip(targets, matches)):
+        for n, (target, m) in enumerate(zip(targets, matches[0])):
             one = models.Prediction(p.prediction.logits[n:n + 1], None)
             index, gt, labels = losses.positives([target], [m])
             count = max(1, len(gt)) * len(targets)
@@ -572,15 +584,16 @@ def test_box_pieces():
     box, focal = reference()["pieces/box"], reference()["pieces/focal"]
     delta = reference()["pieces/delta/1111"]
 
-    iou = -assign.iou_cost(box["A"], box["B"])
-    known = ~box["iou"].isnan()
-    assert (iou - box["iou"])[known].abs().max() < 1e-5
+    one = models.Prediction(None, box["A"], candidates=box["A"])
+    for cost in (assign.anchor_iou_cost, assign.predicted_iou_cost):
+        iou, known = -cost(one, {"boxes": box["B"]}), ~box["iou"].isnan()
+        assert (iou - box["iou"])[known].abs().max() < 1e-5
     giou, known = -assign.giou_cost(box["A"], box["B"]), ~box["giou"].isnan()
     assert (giou - box["giou"])[known].abs().max() < 1e-5
     # where theirs is 0/0 ours counts as far apart
     assert (giou[~known] == -1).all() and (~known).any()
-    one = torch.ones(2)
-    assert (assign.l1_cost(box["A"], box["B"], one) - box["cdist_l1"]).abs().max() < 1e-3
+    unit = torch.ones(2)
+    assert (assign.l1_cost(box["A"], box["B"], unit) - box["cdist_l1"]).abs().max() < 1e-3
 
     assert (models.get_deltas(delta["src"], delta["dst"]) - delta["deltas"]).abs().max() < 1e-5
     ours = models.apply_deltas(delta["src"], delta["in"])
@@ -603,31 +616,42 @@ def test_giou_loss_and_gradient():
 
 
 def test_the_iou_rule_is_detectron2s_matcher():
-    anchors = Published("d2_retinanet_r50").prediction.candidates
+    prediction = Published("d2_retinanet_r50").prediction
     gt = reference()["pieces/matcher/gt"]
     expected = reference()["pieces/matcher/retina_low"]
-    prediction, object_ = assign.one_to_many_iou(assign.iou_cost(anchors, gt))
-    label = torch.zeros(len(anchors), dtype=torch.int8)
-    label[prediction] = torch.where(object_ == assign.IGNORE, -1, 1).to(torch.int8)
+    cost = assign.anchor_iou_cost(prediction.image(0), {"boxes": gt})
+    q, g = assign.one_to_many_iou(cost)
+    label = torch.zeros(len(cost), dtype=torch.int8)
+    label[q] = torch.where(g == assign.IGNORE, -1, 1).to(torch.int8)
     assert torch.equal(label, expected["label"])
-    positive = object_ != assign.IGNORE
-    assert torch.equal(object_[positive], expected["idx"][prediction[positive]].long())
+    positive = g != assign.IGNORE
+    assert torch.equal(g[positive], expected["idx"][q[positive]].long())
 
 
-def test_centernets_radii_and_heat_maps():
+def centernet_prediction(logits, boxes=None, **raw):
+    """The published code's map of 32 x 40 cells at stride 4 as a Prediction."""
+    points = models.grid_points(logits, 4, 2)
+    return models.Prediction(logits.flatten(2).mT, boxes, points.repeat(1, 2),
+                             torch.full((32 * 40,), 4.0), raw={"heat": logits, **raw})
+
+
+def test_centernets_positives_radii_and_heat_maps():
     radius = reference()["centernet_pieces/radius"]
     for overlap in (0.7, 0.5, 0.3):
-        ours = assign.gaussian_radius(*radius["hw"].unbind(1), overlap=overlap)
+        ours = losses.gaussian_radius(*radius["hw"].unbind(1), overlap=overlap)
         assert (ours - radius[f"overlap{overlap}"]).abs().max() < 1e-9
     for n in (0, 1):
         target = reference()[f"centernet_pieces/target/{n}"]
         boxes, labels = target["boxes"], target["labels"]
         # theirs skips boxes without extent; our reader drops them
         real = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        heat, cell = assign.heat_map(boxes[real], labels[real], 5, (32, 40))
+        one = centernet_prediction(torch.zeros(1, 5, 32, 40), torch.zeros(1, 32 * 40, 4)).image(0)
+        q, g = assign.min_cost(assign.cell_cost(one, {"boxes": 4 * boxes[real]}))
+        assert q.tolist() == target["ind"][target["mask"].bool()].tolist()
+        assert g.tolist() == list(range(int(real.sum())))
+        cells = torch.stack([q % 40, q // 40], 1)
+        heat = losses.heat_map(boxes[real], labels[real], cells, 5, (32, 40))
         assert (heat - target["hm"]).abs().max() < 1e-6
-        cells = (cell[:, 1] * 40 + cell[:, 0]).tolist()
-        assert cells == target["ind"][target["mask"].bool()].tolist()
 
 
 def test_centernets_losses_and_gradients():
@@ -639,11 +663,15 @@ def test_centernets_losses_and_gradients():
         target = reference()[f"centernet_pieces/target/{n}"]
         real = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(1)
         targets.append({"boxes": 4 * target["boxes"][real], "labels": target["labels"][real],
-                        "size": torch.tensor([128, 160])})
+                        "size": torch.tensor([128, 160]), "image_id": n})
 
-    raw = {"size": prediction["wh"].flatten(2).mT, "offset": prediction["reg"].flatten(2).mT,
-           "grid": (32, 40), "stride": 4}
-    ours = losses.centernet_loss(models.Prediction(logits.flatten(2).mT, None, raw=raw), targets)
+    whole = centernet_prediction(logits, torch.zeros(2, 32 * 40, 4),
+                                 size=prediction["wh"].flatten(2).mT,
+                                 offset=prediction["reg"].flatten(2).mT)
+    cost, strategy, loss = losses.row({"detector": "centernet", "assign": "one-to-many"})
+    matches = assign.match(whole, targets, cost, strategy)
+    num_objects = sum(len(t["boxes"]) for t in targets)
+    ours = loss(whole, targets, matches, num_objects)
     assert float(ours["class"].detach()) == pytest.approx(float(expected["hm"]), rel=1e-4)
     assert float(ours["size"]) == pytest.approx(0.1 * float(expected["wh_l1"]), rel=1e-4)
     assert float(ours["offset"]) == pytest.approx(float(expected["off_l1"]), rel=1e-4)
@@ -659,10 +687,10 @@ def test_centernets_detections():
     grid = models.grid_points(prediction["wh"], 1, 0)
     size, offset = prediction["wh"].flatten(2).mT, prediction["reg"].flatten(2).mT
     boxes = torch.cat([grid + offset - size / 2, grid + offset + size / 2], -1)
-    ours = models.Prediction(prediction["hm_logit"].flatten(2).mT, boxes, raw={"grid": (32, 40)})
-    model = models.build("centernet", 5, "tiny", original=True)
+    ours = centernet_prediction(prediction["hm_logit"], boxes)
+    model = checkpoints.build("centernet", 5, "tiny", original=True)
     for n in (0, 1):
-        boxes, scores, labels = model.detections(ours, n)["nms"]
+        boxes, scores, labels = model.detections(ours.image(n))["nms"]
         assert (scores - expected[n, :, 4]).abs().max() < 1e-6
         assert (boxes - expected[n, :, :4]).abs().max() < 1e-4
         assert torch.equal(labels, expected[n, :, 5].long())
