@@ -1,4 +1,4 @@
-"""Number-by-number parity with the published DETR, Deformable DETR (three forms) and Sparse R-CNN.
+"""Number-by-number parity with the published DETR, Deformable DETR (two forms) and Sparse R-CNN.
 
 See test_parity.py.  The reference was made with DETR (commit 29901c51), Deformable DETR (11169a60)
 and Sparse R-CNN (0e5028da), dropout 0.
@@ -8,15 +8,15 @@ import torch
 from torchvision.ops import box_convert
 
 import assign
+import checkpoints
 import convert
 import data
 import losses
 import models
-import train
-from test_parity import close, reference, value
+from test_parity import LAMBDAS, close, loaded, reference, value
 
-NAMES = ("detr_r50", "deformable_detr_r50", "deformable_detr_r50_refine",
-         "deformable_detr_r50_two_stage", "sparse_rcnn_r50")
+NAMES = ("detr_r50", "deformable_detr_r50", "deformable_detr_r50_refine", "sparse_rcnn_r50")
+LAYERS = ("aux0", "aux1", "aux2", "aux3", "aux4", "last")
 
 
 class Published:
@@ -35,15 +35,13 @@ class Published:
                    for key, shape in shapes.items()}
         _, checkpoint = convert.convert(weights)
         build, self.sparse = checkpoint["build"], name.startswith("sparse")
-        # two-stage files do not say; the reference has 100
-        build.setdefault("queries", 100)
         if not self.sparse:
             build["dropout"] = 0.0
-        self.model = models.from_checkpoint(checkpoint, name).eval()
+        self.model = loaded(checkpoint).eval()
 
         self.every, self.names = self.model, {}
         if not self.sparse:
-            self.every = models.build(**{**build, "num_classes": 91}).eval()
+            self.every = checkpoints.build(**{**build, "num_classes": 91}).eval()
             scores = {key.replace("class_embed", "score"): w for key, w in weights.items()
                       if key.startswith("class_embed")}
             own = self.every.state_dict()
@@ -58,9 +56,7 @@ class Published:
         self.scale = torch.tensor([[w, h, w, h] for h, w in sizes])[:, None]
 
     def layers(self):
-        aux = self.prediction.aux
-        names = ["aux0", "aux1", "aux2", "aux3", "aux4", "last", "enc"]
-        return dict(zip(names, [*aux[:5], self.prediction, *aux[5:]]))
+        return dict(zip(LAYERS, [*self.prediction.aux, self.prediction], strict=True))
 
     def targets(self, which):
         """The reference's labels; the DETR family counts from 1."""
@@ -76,13 +72,8 @@ def published(request):
 
 
 def test_every_layers_outputs_are_those_of_the_published_code(published):
-    names = ["aux0", "aux1", "aux2", "aux3", "aux4", "last"]
-    expected = dict(zip(names, published.expected["layers"]))
-    if "enc" in published.expected:
-        expected["enc"] = published.expected["enc"]
     layers = published.layers()
-    assert expected.keys() == layers.keys()
-    for name, sample in expected.items():
+    for name, sample in zip(LAYERS, published.expected["layers"], strict=True):
         close(layers[name].logits, sample["logits"])
         boxes = layers[name].boxes
         # Sparse R-CNN's are pixels, up to a few hundred
@@ -98,10 +89,6 @@ def test_the_converted_model_has_the_outputs_of_cocos_80_classes(published):
     kept = list(range(80)) if published.sparse else convert.COCO_IDS + [91] * ours.softmax
     assert (ours.boxes - published.prediction.boxes).abs().max() < 1e-3
     assert (ours.logits - published.prediction.logits[..., kept]).abs().max() < 1e-4
-    # the proposals' score is output 0, "an object"
-    if "two_stage" in published.name:
-        proposals = published.layers()["enc"]
-        assert (ours.aux[-1].logits[..., 0] - proposals.logits[..., 0]).abs().max() < 1e-4
 
 
 def test_the_detections_are_those_of_the_published_code(published):
@@ -112,7 +99,7 @@ def test_the_detections_are_those_of_the_published_code(published):
         target = {"size": torch.tensor(reference()["images"][n].shape[1:]),
                   "original_size": torch.tensor([h, w])}
         with torch.no_grad():
-            found = published.every.detections(published.prediction, n, 100)["plain"]
+            found = published.every.detections(published.prediction.image(n), 100)["plain"]
             boxes, scores, labels = models.to_original(found, target)
 
         clipped = expected["boxes"].clamp(min=0).minimum(torch.tensor([w, h, w, h]))
@@ -128,15 +115,17 @@ def test_the_detections_are_those_of_the_published_code(published):
 
 def test_matches_losses_and_gradients_of_every_layer(published):
     detr = published.name == "detr_r50"
-    flags = {"detector": "detr" if detr else "deformable-detr", "assign": "hungarian",
-             "location_cost": "predicted", "class_cost": 1.0 if detr else 2.0}
-    cost, layers = train.make_cost(published.every, flags), published.layers()
+    weight = 1.0 if detr else 2.0
+    cost, strategy, loss = losses.row({
+        "detector": "detr" if detr else "deformable-detr", "assign": "hungarian",
+        "location_cost": "predicted", "class_cost": weight, **LAMBDAS, "lambda_cls": weight})
+    layers = published.layers()
     for which in ("t0", "t1", "t2", "t3"):
         targets = published.targets(which)
         expected = {k.removeprefix(which + "/"): v for k, v in published.expected["train"].items()
                     if k.startswith(which + "/")}
         num_objects = max(1, sum(len(t["boxes"]) for t in targets))
-        matches = assign.match(published.prediction, targets, cost, assign.hungarian)
+        matches = assign.match(published.prediction, targets, cost, strategy)
         inner = [name for name in layers if name != "last"]
         own = dict(zip(inner, matches[1:]), last=matches[0])
 
@@ -156,21 +145,19 @@ def test_matches_losses_and_gradients_of_every_layer(published):
                     assert torch.equal(ours.object, their_object), (which, name, n)
 
             alone = models.Prediction(layer.logits, layer.boxes, softmax=layer.softmax,
-                                      centre_l1=layer.centre_l1,
-                                      class_agnostic=layer.class_agnostic)
-            terms = losses.set_loss(alone, targets, [released[name]], num_objects)
-            suffix = {"last": "", "enc": "_enc"}.get(name, f"_{name[-1]}")
-            for term, key, weight in [("class", "loss_ce", 1 if layer.softmax else 2),
+                                      centre_l1=layer.centre_l1)
+            terms = loss(alone, targets, [released[name]], num_objects)
+            suffix = "" if name == "last" else f"_{name[-1]}"
+            for term, key, factor in [("class", "loss_ce", 1 if detr else 2),
                                       ("l1", "loss_bbox", 5), ("giou", "loss_giou", 2)]:
                 # Sparse R-CNN's are weighted already
                 theirs = float(expected[f"loss/{key}{suffix}"])
-                theirs *= 1 if published.sparse else weight
+                theirs *= 1 if published.sparse else factor
                 assert float(terms[term].detach()) == pytest.approx(theirs, rel=1e-4, abs=1e-5), \
                     (which, name, term)
 
         each = [released["last"], *[released[name] for name in inner]]
-        total = losses.set_loss(published.prediction, targets, each, num_objects)
-        total = sum(total.values())
+        total = sum(loss(published.prediction, targets, each, num_objects).values())
         assert float(total.detach()) == pytest.approx(float(expected["total"]), rel=1e-4)
         if "gradient_norms" in expected:
             published.every.zero_grad()
@@ -198,5 +185,5 @@ def test_the_number_of_parameters_is_the_published_one(detector, options, millio
     """With the published number of outputs, 91 ids (DETR: and no object),
     and torchvision's ResNet-50 with its frozen norms counted as buffers.
     """
-    model = models.build(detector, 91, "resnet50", **options)
+    model = checkpoints.build(detector, 91, "resnet50", **options)
     assert sum(p.numel() for p in model.parameters()) == millions
