@@ -18,11 +18,14 @@ import annotations
 import data
 
 ROOT = Path(annotations.__file__).parent
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+WHITE = (255, 255, 255)
 
 
 def draw_pictures(folder):
-    """The two pictures that `valid` describes: a.png (40 wide, 30 high) and b.png (30 wide, 40 high)."""
+    """The two pictures that `valid` describes:
+    a.png (40 wide, 30 high) and b.png (30 wide, 40 high).
+    """
     (folder / "pictures").mkdir()
     Image.new("RGB", (40, 30), RED).save(folder / "pictures" / "a.png")
     Image.new("RGB", (30, 40), BLUE).save(folder / "pictures" / "b.png")
@@ -30,17 +33,24 @@ def draw_pictures(folder):
 
 
 def valid():
-    """A faultless data set: two pictures, three boxes, two classes whose ids have gaps and are not in order."""
+    """A faultless data set: two pictures, three boxes,
+    two classes whose ids have gaps and are not in order.
+    """
     return {"images": [{"id": 7, "file_name": "a.png", "height": 30, "width": 40},
                        {"id": 5, "file_name": "b.png", "height": 40, "width": 30}],
-            "annotations": [{"id": 1, "image_id": 5, "category_id": 90, "bbox": [1, 2, 10, 20], "iscrowd": 0},
-                            {"id": 2, "image_id": 7, "category_id": 3, "bbox": [0.5, 1.25, 8.5, 4], "iscrowd": 0},
-                            {"id": 3, "image_id": 5, "category_id": 3, "bbox": [0, 0, 30, 40], "iscrowd": 1}],
+            "annotations": [{"id": 1, "image_id": 5, "category_id": 90,
+                             "bbox": [1, 2, 10, 20], "iscrowd": 0},
+                            {"id": 2, "image_id": 7, "category_id": 3,
+                             "bbox": [0.5, 1.25, 8.5, 4], "iscrowd": 0},
+                            {"id": 3, "image_id": 5, "category_id": 3,
+                             "bbox": [0, 0, 30, 40], "iscrowd": 1}],
             "categories": [{"id": 90, "name": "toothbrush"}, {"id": 3, "name": "car"}]}
 
 
 def save(folder, content):
-    """Write `content` as set.json; returns what the reader wants: the JSON file and the picture folder."""
+    """Write `content` as set.json; returns what the reader wants:
+    the JSON file and the picture folder.
+    """
     text = content if isinstance(content, str) else json.dumps(content)
     (folder / "set.json").write_text(text, encoding="utf-8")
     return folder / "set.json", folder / "pictures"
@@ -65,12 +75,14 @@ def folder(tmp_path_factory):
 def test_labels_are_ranks_of_category_ids_and_names_are_kept(folder):
     a = annotations.read_annotations(*save(folder, valid()))
     assert a.category_ids == [3, 90] and a.class_names == ["car", "toothbrush"]
-    assert a.labels.tolist() == [0, 1, 0]                             # picture 7 first, as in the file
+    # picture 7 first, as in the file
+    assert a.labels.tolist() == [0, 1, 0]
 
 
 def test_pictures_keep_the_order_of_the_file_and_boxes_follow_their_picture(folder):
     a = annotations.read_annotations(*save(folder, valid()))
-    assert a.image_ids == [7, 5] and a.file_names == ["a.png", "b.png"] and a.sizes.tolist() == [[30, 40], [40, 30]]
+    assert a.image_ids == [7, 5] and a.file_names == ["a.png", "b.png"]
+    assert a.sizes.tolist() == [[30, 40], [40, 30]]
     assert a.first.tolist() == [0, 1, 3]
     assert a.boxes.tolist() == [[0.5, 1.25, 9, 5.25], [1, 2, 11, 22], [0, 0, 30, 40]]
     assert a.crowd.tolist() == [False, False, True]
@@ -81,32 +93,42 @@ def test_ids_may_be_text(folder):
     content["images"][0]["id"] = content["annotations"][1]["image_id"] = "first"
     with pytest.raises(annotations.DataError, match="mix"):
         annotations.read_annotations(*save(folder, content))
-    content["images"][1]["id"] = content["annotations"][0]["image_id"] = content["annotations"][2]["image_id"] = "5"
+    content["images"][1]["id"] = "5"
+    for n in (0, 2):
+        content["annotations"][n]["image_id"] = "5"
     content["categories"] = [{"id": "zebra", "name": "Zebra"}, {"id": "ant", "name": "Ant"}]
     for annotation, category in zip(content["annotations"], ["zebra", "ant", "ant"]):
         annotation["category_id"] = category
     a = annotations.read_annotations(*save(folder, content))
-    assert a.image_ids == ["first", "5"] and a.category_ids == ["ant", "zebra"] and a.class_names == ["Ant", "Zebra"]
+    assert a.image_ids == ["first", "5"]
+    assert a.category_ids == ["ant", "zebra"] and a.class_names == ["Ant", "Zebra"]
     assert a.labels.tolist() == [0, 1, 0]
 
 
 def test_boxes_are_cut_at_the_picture(folder):
     content = valid()
-    content["annotations"][1]["bbox"] = [-5, 10.5, 100, 100]          # of a.png, 40 x 30
-    assert annotations.read_annotations(*save(folder, content)).boxes[0].tolist() == [0, 10.5, 40, 30]
+    # of a.png, 40 x 30
+    content["annotations"][1]["bbox"] = [-5, 10.5, 100, 100]
+    a = annotations.read_annotations(*save(folder, content))
+    assert a.boxes[0].tolist() == [0, 10.5, 40, 30]
 
 
+CORNERS = [st.floats(-50, 90, width=32)] * 2
+EXTENTS = [st.floats(0.125, 90, width=32)] * 2
 @settings(max_examples=40)
-@given(st.lists(st.tuples(*[st.floats(-50, 90, width=32)] * 2, *[st.floats(0.125, 90, width=32)] * 2), max_size=8))
+@given(st.lists(st.tuples(*CORNERS, *EXTENTS), max_size=8))
 def test_every_box_is_kept_as_torchvision_clips_it_or_reported(folder, boxes):
     content = valid()
-    content["annotations"] = [{"id": n, "image_id": 7, "category_id": 3, "bbox": box} for n, box in enumerate(boxes)]
+    content["annotations"] = [{"id": n, "image_id": 7, "category_id": 3, "bbox": box}
+                              for n, box in enumerate(boxes)]
     a, faults = annotations.parse_coco(*save(folder, content))
-    xyxy = torch.tensor([(x, y, x + w, y + h) for x, y, w, h in boxes], dtype=torch.float64).reshape(-1, 4)
+    xyxy = torch.tensor([(x, y, x + w, y + h) for x, y, w, h in boxes], dtype=torch.float64)
+    xyxy = xyxy.reshape(-1, 4)
     clipped = clip_boxes_to_image(xyxy, (30, 40))
     inside = (clipped[:, 2:] - clipped[:, :2] > 1e-5).all(1)
     assert torch.equal(a.boxes, clipped[inside].float())
-    assert len(faults) == (~inside).sum() and all(f.box and f.kind == "box outside the picture" for f in faults)
+    assert len(faults) == (~inside).sum()
+    assert all(f.box and f.kind == "box outside the picture" for f in faults)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -114,7 +136,7 @@ def test_every_box_is_kept_as_torchvision_clips_it_or_reported(folder, boxes):
 # ------------------------------------------------------------------------------------------------
 
 def changed(key, n, **values):
-    """A valid data set with some values of entry n of images, annotations or categories replaced."""
+    """A valid data set with other values in entry n of images, annotations or categories."""
     content = valid()
     content[key][n].update(values)
     return content
@@ -126,49 +148,70 @@ def with_more(key, *entries):
     return content
 
 
+def picture(**values):
+    """With other values in a.png's entry, image 7."""
+    return changed("images", 0, **values)
+
+
+def annotation(**values):
+    """With other values in the annotation of image 7, annotation 2."""
+    return changed("annotations", 1, **values)
+
+
+IN_2 = ["image 7", "annotation 2"]
 FAULTS = {
     "broken JSON": ('{"images": [', ["not valid JSON"]),
     "an empty file": ("", ["not valid JSON"]),
     "nested beyond reason": ("[" * 100_000, ["not valid JSON"]),
     "a list": ([], ["not a COCO data set"]),
-    "a result file": ([{"image_id": 5, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}], ["evaluate.py results"]),
+    "a result file": ([{"image_id": 5, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}],
+                      ["evaluate.py results"]),
     "a number": (3, ["not a COCO data set"]),
     "no categories": ({"images": [], "annotations": []}, ["categories"]),
     "annotations is an object": ({**valid(), "annotations": {}}, ["annotations"]),
     "an empty data set": ({**valid(), "images": [], "annotations": []}, ["empty"]),
-    "a category id that is not listed": (changed("annotations", 1, category_id=4), ["image 7", "annotation 2", "4"]),
-    "a category id that is no id": (changed("annotations", 1, category_id=[3]), ["image 7", "annotation 2", "[3]"]),
-    "category ids of two types": (with_more("categories", {"id": "x", "name": "x"}), ["category ids"]),
-    "a category listed twice": (with_more("categories", {"id": 3, "name": "x"}), ["category id 3", "twice"]),
+
+    "a category id that is not listed": (annotation(category_id=4), [*IN_2, "4"]),
+    "a category id that is no id": (annotation(category_id=[3]), [*IN_2, "[3]"]),
+    "category ids of two types": (with_more("categories", {"id": "x", "name": "x"}),
+                                  ["category ids"]),
+    "a category listed twice": (with_more("categories", {"id": 3, "name": "x"}),
+                                ["category id 3", "twice"]),
     "a category without id": (with_more("categories", {"name": "x"}), ["no id"]),
-    "a NaN box": (changed("annotations", 1, bbox=[1, float("nan"), 3, 4]), ["image 7", "annotation 2", "nan"]),
-    "an infinite box": (changed("annotations", 1, bbox=[1, 2, float("inf"), 4]), ["image 7", "annotation 2", "inf"]),
-    "a box of three numbers": (changed("annotations", 1, bbox=[1, 2, 3]), ["image 7", "annotation 2", "[1, 2, 3]"]),
-    "a box of text": (changed("annotations", 1, bbox=["1", "2", "3", "4"]), ["image 7", "annotation 2", "'1'"]),
-    "a box beyond floats": (changed("annotations", 1, bbox=[0, 0, 10 ** 400, 4]), ["image 7", "annotation 2"]),
-    "no box": (changed("annotations", 1, bbox=None), ["image 7", "annotation 2"]),
-    "a negative extent": (changed("annotations", 1, bbox=[9, 9, -3, 4]), ["image 7", "annotation 2", "-3"]),
-    "no extent": (changed("annotations", 1, bbox=[9, 9, 3, 0]), ["image 7", "annotation 2", "no extent"]),
-    "a box outside": (changed("annotations", 1, bbox=[40, 3, 5, 5]), ["image 7", "annotation 2", "40 x 30"]),
+
+    "a NaN box": (annotation(bbox=[1, float("nan"), 3, 4]), [*IN_2, "nan"]),
+    "an infinite box": (annotation(bbox=[1, 2, float("inf"), 4]), [*IN_2, "inf"]),
+    "a box of three numbers": (annotation(bbox=[1, 2, 3]), [*IN_2, "[1, 2, 3]"]),
+    "a box of text": (annotation(bbox=["1", "2", "3", "4"]), [*IN_2, "'1'"]),
+    "a box beyond floats": (annotation(bbox=[0, 0, 10 ** 400, 4]), IN_2),
+    "no box": (annotation(bbox=None), IN_2),
+    "a negative extent": (annotation(bbox=[9, 9, -3, 4]), [*IN_2, "-3"]),
+    "no extent": (annotation(bbox=[9, 9, 3, 0]), [*IN_2, "no extent"]),
+    "a box outside": (annotation(bbox=[40, 3, 5, 5]), [*IN_2, "40 x 30"]),
+
     "a duplicate image id": (changed("images", 1, id=7), ["image id 7", "twice"]),
-    "a duplicate annotation id": (changed("annotations", 2, id=2), ["image 5", "annotation 2", "twice"]),
-    "an unknown image id": (changed("annotations", 1, image_id=8), ["image 8", "annotation 2"]),
-    "an image id that is no id": (changed("annotations", 1, image_id=[7]), ["annotation 2"]),
+    "a duplicate annotation id": (changed("annotations", 2, id=2),
+                                  ["image 5", "annotation 2", "twice"]),
+    "an unknown image id": (annotation(image_id=8), ["image 8", "annotation 2"]),
+    "an image id that is no id": (annotation(image_id=[7]), ["annotation 2"]),
     "an annotation that is no object": (with_more("annotations", 3), ["annotation number 3"]),
     "an image that is no object": (with_more("images", 3), ["no id"]),
-    "an image without id": (with_more("images", {"file_name": "a.png", "height": 30, "width": 40}), ["no id", "a.png"]),
-    "a way up": (changed("images", 0, file_name="../pictures/a.png"), ["image 7", "../pictures/a.png", "leaves"]),
-    "a way up inside": (changed("images", 0, file_name="x/../../set.json"), ["image 7", "leaves"]),
-    "a way up with backslashes": (changed("images", 0, file_name="..\\a.png"), ["image 7", "leaves"]),
-    "an absolute name": (changed("images", 0, file_name="/etc/passwd"), ["image 7", "/etc/passwd", "leaves"]),
-    "an absolute Windows name": (changed("images", 0, file_name="C:\\a.png"), ["image 7", "leaves"]),
-    "no file name": (changed("images", 0, file_name=None), ["image 7", "file_name"]),
-    "a file name too long for a file": (changed("images", 0, file_name="a" * 5000), ["image 7"]),
-    "no height": (changed("images", 0, height=None), ["image 7", "height"]),
-    "a height of zero": (changed("images", 0, height=0), ["image 7", "height"]),
-    "a height beyond integers": (changed("images", 0, height=1e30), ["image 7", "height"]),
-    "a height beyond floats": (changed("images", 0, height=10 ** 400), ["image 7", "height"]),
-    "a missing picture": (changed("images", 0, file_name="c.png"), ["image 7", "c.png", "does not exist"]),
+    "an image without id": (with_more("images", {"file_name": "a.png", "height": 30, "width": 40}),
+                            ["no id", "a.png"]),
+
+    "a way up": (picture(file_name="../pictures/a.png"),
+                 ["image 7", "../pictures/a.png", "leaves"]),
+    "a way up inside": (picture(file_name="x/../../set.json"), ["image 7", "leaves"]),
+    "a way up with backslashes": (picture(file_name="..\\a.png"), ["image 7", "leaves"]),
+    "an absolute name": (picture(file_name="/etc/passwd"), ["image 7", "/etc/passwd", "leaves"]),
+    "an absolute Windows name": (picture(file_name="C:\\a.png"), ["image 7", "leaves"]),
+    "no file name": (picture(file_name=None), ["image 7", "file_name"]),
+    "a file name too long for a file": (picture(file_name="a" * 5000), ["image 7"]),
+    "no height": (picture(height=None), ["image 7", "height"]),
+    "a height of zero": (picture(height=0), ["image 7", "height"]),
+    "a height beyond integers": (picture(height=1e30), ["image 7", "height"]),
+    "a height beyond floats": (picture(height=10 ** 400), ["image 7", "height"]),
+    "a missing picture": (picture(file_name="c.png"), ["image 7", "c.png", "does not exist"]),
 }
 
 
@@ -190,13 +233,18 @@ def test_without_the_file_or_the_picture_folder_the_message_names_it(folder, tmp
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                    lambda inner: (st.lists(inner, max_size=4)
+                                   | st.dictionaries(st.text(max_size=5), inner, max_size=3)),
                     max_leaves=6)
 
 
 def places(node, path=()):
     """The path of every value inside a JSON document, itself included."""
-    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    inner = ()
+    if isinstance(node, dict):
+        inner = node.items()
+    elif isinstance(node, list):
+        inner = enumerate(node)
     return [path] + [place for key, value in inner for place in places(value, (*path, key))]
 
 
@@ -218,7 +266,8 @@ def test_whatever_stands_in_a_data_set_the_check_reports_it_and_does_not_fall_ov
     for path, value in changes:
         try:
             content = replaced(content, path, value)
-        except (KeyError, IndexError, TypeError):                     # an earlier change took this place away
+        except (KeyError, IndexError, TypeError):
+            # an earlier change took this place away
             pass
     json_file, images = save(folder, content)
     try:
@@ -235,7 +284,8 @@ def test_drop_bad_boxes_leaves_out_the_bad_boxes_only_and_says_how_many(folder, 
     bad = [[1, float("nan"), 3, 4], [9, 9, 0, 4], [40, 3, 5, 5]]
     content = valid()
     for n, box in enumerate(bad):
-        content["annotations"].insert(n, {"id": 10 + n, "image_id": 7, "category_id": 3, "bbox": box})
+        broken = {"id": 10 + n, "image_id": 7, "category_id": 3, "bbox": box}
+        content["annotations"].insert(n, broken)
     whole = annotations.read_annotations(*save(folder, valid()))
     a = annotations.read_annotations(*save(folder, content), drop_bad_boxes=True)
     assert torch.equal(a.boxes, whole.boxes) and torch.equal(a.first, whole.first)
@@ -255,7 +305,8 @@ def test_drop_bad_boxes_still_refuses_other_faults(folder):
 # ------------------------------------------------------------------------------------------------
 
 def person(x, y, w, h, **extra):
-    return {"tag": "person", "fbox": [x, y, w, h], "vbox": [x, y, w, h], "hbox": [x, y, 5, 5], "head_attr": {}, "extra": extra}
+    return {"tag": "person", "fbox": [x, y, w, h], "vbox": [x, y, w, h], "hbox": [x, y, 5, 5],
+            "head_attr": {}, "extra": extra}
 
 
 def draw_crowd_pictures(folder):
@@ -271,13 +322,16 @@ def crowd_folder(tmp_path):
     return draw_crowd_pictures(tmp_path)
 
 
-GOOD = [{"ID": "a", "gtboxes": [person(-10, 5, 40, 80), person(30, 5, 20, 40, ignore=1), {**person(0, 0, 30, 20), "tag": "mask", "extra": {"ignore": 1}}]},
+GOOD = [{"ID": "a", "gtboxes": [person(-10, 5, 40, 80), person(30, 5, 20, 40, ignore=1),
+                                {**person(0, 0, 30, 20), "tag": "mask", "extra": {"ignore": 1}}]},
         {"ID": "b", "gtboxes": []}]
 
 
 def test_full_boxes_are_clipped_and_ignored_ones_never_targets(crowd_folder):
-    a = annotations.read_annotations(write_lines(crowd_folder / "f.odgt", GOOD), crowd_folder / "Images")
-    assert a.image_ids == ["a", "b"] and a.file_names == ["a.jpg", "b.png"] and a.sizes.tolist() == [[60, 80]] * 2
+    file = write_lines(crowd_folder / "f.odgt", GOOD)
+    a = annotations.read_annotations(file, crowd_folder / "Images")
+    assert a.image_ids == ["a", "b"] and a.file_names == ["a.jpg", "b.png"]
+    assert a.sizes.tolist() == [[60, 80]] * 2
     assert a.boxes.tolist() == [[0, 5, 30, 60], [30, 5, 50, 45], [0, 0, 30, 20]]
     assert a.crowd.tolist() == [False, True, True] and a.first.tolist() == [0, 3, 3]
     _, target = data.Pictures(a, data.Transform((60,), 80))[0, 0]
@@ -285,16 +339,19 @@ def test_full_boxes_are_clipped_and_ignored_ones_never_targets(crowd_folder):
 
 
 def test_a_line_in_the_published_shape_is_read_as_six_persons_and_a_mask(tmp_path):
-    """The fields, the ID with a comma and the mask of CrowdHuman's own lines; the boxes are invented."""
-    line = {"ID": "283554,35288000868e92d4", "gtboxes": [person(100 * n, 10, 90, 300, box_id=n, occ=1) for n in range(6)]
-            + [{"tag": "mask", "hbox": [5, 5, 9, 9], "head_attr": {}, "fbox": [5, 5, 90, 90], "vbox": [5, 5, 9, 9], "extra": {"ignore": 1}}]}
+    """The fields, the ID with a comma and the mask of CrowdHuman's own lines, with other boxes."""
+    persons = [person(100 * n, 10, 90, 300, box_id=n, occ=1) for n in range(6)]
+    mask = {"tag": "mask", "hbox": [5, 5, 9, 9], "head_attr": {}, "fbox": [5, 5, 90, 90],
+            "vbox": [5, 5, 9, 9], "extra": {"ignore": 1}}
+    line = {"ID": "283554,35288000868e92d4", "gtboxes": [*persons, mask]}
     (tmp_path / "Images").mkdir()
     Image.new("RGB", (700, 400)).save(tmp_path / "Images" / "283554,35288000868e92d4.jpg")
     a = annotations.read_annotations(write_lines(tmp_path / "f.odgt", [line]), tmp_path / "Images")
     assert a.crowd.tolist() == [False] * 6 + [True]
 
 
-def test_sizes_are_read_once_and_kept_outside_the_data_folder(crowd_folder, tmp_path_factory, monkeypatch):
+def test_sizes_are_read_once_and_kept_outside_the_data_folder(
+        crowd_folder, tmp_path_factory, monkeypatch):
     cache = tmp_path_factory.mktemp("out") / "sizes.json"
     file = write_lines(crowd_folder / "f.odgt", GOOD)
     before = sorted(crowd_folder.rglob("*"))
@@ -304,16 +361,22 @@ def test_sizes_are_read_once_and_kept_outside_the_data_folder(crowd_folder, tmp_
     again = annotations.read_annotations(file, crowd_folder / "Images", cache=cache)
     assert torch.equal(first.sizes, again.sizes) and sorted(crowd_folder.rglob("*")) == before
     monkeypatch.undo()
-    for broken in ("{ broken", "[1]", '{"a": 5}', json.dumps({"images": str((crowd_folder / "Images").resolve()), "sizes": {"a": 5}})):
+    images = str((crowd_folder / "Images").resolve())
+    half = json.dumps({"images": images, "sizes": {"a": 5}})
+    for broken in ("{ broken", "[1]", '{"a": 5}', half):
         cache.write_text(broken)
-        assert annotations.read_annotations(file, crowd_folder / "Images", cache=cache).sizes.tolist() == [[60, 80]] * 2
-    (crowd_folder / "smaller").mkdir()                                             # the same IDs in another folder
+        a = annotations.read_annotations(file, crowd_folder / "Images", cache=cache)
+        assert a.sizes.tolist() == [[60, 80]] * 2
+    # the same IDs in another folder
+    (crowd_folder / "smaller").mkdir()
     for name in ("a.jpg", "b.png"):
         Image.new("RGB", (40, 30)).save(crowd_folder / "smaller" / name)
-    assert annotations.read_annotations(file, crowd_folder / "smaller", cache=cache).sizes.tolist() == [[30, 40]] * 2
+    a = annotations.read_annotations(file, crowd_folder / "smaller", cache=cache)
+    assert a.sizes.tolist() == [[30, 40]] * 2
 
 
-LINE_FAULTS = {"broken line": "{", "missing field": {"gtboxes": []}, "duplicate ID": GOOD[0], "missing picture": {"ID": "c", "gtboxes": []},
+LINE_FAULTS = {"broken line": "{", "missing field": {"gtboxes": []}, "duplicate ID": GOOD[0],
+               "missing picture": {"ID": "c", "gtboxes": []},
           "unknown tag": {"ID": "b", "gtboxes": [{**person(1, 1, 9, 9), "tag": "dog"}]},
           "box is not four finite numbers": {"ID": "b", "gtboxes": [person(1, float("nan"), 9, 9)]},
           "box without extent in the picture": {"ID": "b", "gtboxes": [person(200, 1, 9, 9)]}}
@@ -324,13 +387,15 @@ def test_every_fault_is_told_by_line_and_counted_by_the_check(crowd_folder, comm
     file = write_lines(crowd_folder / "f.odgt", [GOOD[0], LINE_FAULTS[kind]])
     with pytest.raises(annotations.DataError, match="line 2"):
         annotations.read_annotations(file, crowd_folder / "Images")
-    code, out, _ = command(annotations, "check", "--json", file, "--images", crowd_folder / "Images")
+    code, out, _ = command(annotations, "check", "--json", file,
+                           "--images", crowd_folder / "Images")
     assert code == 1 and f"  {kind}: 1" in out and "line 2" in out
 
 
 def test_an_ignored_box_outside_the_picture_is_no_fault(crowd_folder):
     """The published masks often stick out."""
-    file = write_lines(crowd_folder / "f.odgt", [{"ID": "a", "gtboxes": [person(200, 1, 9, 9, ignore=1), person(1, 1, 9, 9)]}])
+    line = {"ID": "a", "gtboxes": [person(200, 1, 9, 9, ignore=1), person(1, 1, 9, 9)]}
+    file = write_lines(crowd_folder / "f.odgt", [line])
     assert annotations.read_annotations(file, crowd_folder / "Images").crowd.tolist() == [False]
 
 
@@ -363,18 +428,21 @@ def assert_halves(path, left, right, tolerance=0):
     ("CMYK", (0, 255, 255, 0), (255, 255, 0, 0), "p.tif", (RED, BLUE)),
     ("CMYK", (0, 255, 255, 0), (255, 255, 0, 0), "p.jpg", (RED, BLUE)),
     ("YCbCr", (76, 85, 255), (29, 255, 107), "p.jpg", (RED, BLUE))])
-def test_a_picture_of_any_mode_becomes_rgb_of_the_same_colours(tmp_path, mode, left, right, name, rgb):
+def test_a_picture_of_any_mode_becomes_rgb_of_the_same_colours(
+        tmp_path, mode, left, right, name, rgb):
     two_halves(mode, left, right).save(tmp_path / name)
     assert_halves(tmp_path / name, *rgb, tolerance=4 if name.endswith("jpg") else 0)
 
 
 @pytest.mark.parametrize("name", ["p.png", "p.tif"])
 def test_sixteen_bits_of_grey_become_eight_and_65535_is_white(tmp_path, name):
-    for left, right, expected in ((50 * 257, 200 * 257, (50, 200)), (3 * 257, 65535, (3, 255)), (5, 200, (0, 0))):
+    for left, right, expected in (
+            (50 * 257, 200 * 257, (50, 200)), (3 * 257, 65535, (3, 255)), (5, 200, (0, 0))):
         grey = np.full((20, 40), left, np.uint16)
         grey[:, 20:] = right
         Image.fromarray(grey).save(tmp_path / name)
-        assert_halves(tmp_path / name, *[(v,) * 3 for v in expected])         # the last one stays as dark as it is
+        # the last one stays as dark as it is
+        assert_halves(tmp_path / name, *[(v,) * 3 for v in expected])
 
 
 @pytest.mark.parametrize("name", ["p.png", "p.gif"])
@@ -382,11 +450,13 @@ def test_sixteen_bits_of_grey_become_eight_and_65535_is_white(tmp_path, name):
 def test_a_palette_is_looked_up_also_where_it_is_transparent(tmp_path, name, transparency):
     picture = two_halves("P", 1, 2)
     picture.putpalette([*GREEN, *RED, *BLUE])
-    picture.save(tmp_path / name, **({} if transparency is None else {"transparency": transparency}))
+    options = {} if transparency is None else {"transparency": transparency}
+    picture.save(tmp_path / name, **options)
     assert_halves(tmp_path / name, RED, BLUE)
 
 
-# Which visual corners (T, B: top, bottom; L, R: left, right) the stored corners TL, TR, BL, BR are, from the EXIF
+# Which visual corners (T, B: top, bottom; L, R: left, right) the stored corners TL, TR, BL, BR
+# are, from the EXIF
 # standard's "the 0th row is at the visual ..., the 0th column at the visual ..."
 EXIF = {1: "TL TR BL BR", 2: "TR TL BR BL", 3: "BR BL TR TL", 4: "BL BR TL TR",
         5: "TL BL TR BR", 6: "TR BR TL BL", 7: "BR TR BL TL", 8: "BL TL BR TR"}
@@ -396,10 +466,12 @@ EXIF = {1: "TL TR BL BR", 2: "TR TL BR BL", 3: "BR BL TR TL", 4: "BL BR TL TR",
 @pytest.mark.parametrize("name", ["p.jpg", "p.png"])
 def test_a_rotated_photograph_comes_out_upright(tmp_path, orientation, name):
     colours = {"TL": RED, "TR": GREEN, "BL": BLUE, "BR": WHITE}
-    width, height = (96, 64) if orientation < 5 else (64, 96)         # stored; upright it is 96 wide
+    # as stored; upright it is 96 wide
+    width, height = (96, 64) if orientation < 5 else (64, 96)
     stored = Image.new("RGB", (width, height))
     for corner, where in zip(EXIF[orientation].split(), [(0, 0), (1, 0), (0, 1), (1, 1)]):
-        stored.paste(colours[corner], (where[0] * width // 2, where[1] * height // 2, width, height))
+        place = where[0] * width // 2, where[1] * height // 2, width, height
+        stored.paste(colours[corner], place)
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / name, exif=exif, **({"quality": 95} if name == "p.jpg" else {}))
@@ -414,8 +486,10 @@ def test_a_picture_cut_in_the_middle_is_refused_when_it_is_loaded(folder, name):
     path = folder / "pictures" / name
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-    pictures = data.Pictures(annotations.read_annotations(*save(folder, changed("images", 0, file_name=name))), data.Transform())
-    with pytest.raises(annotations.DataError, match=f"{name} .image 7.: the picture cannot be decoded"):
+    files = save(folder, changed("images", 0, file_name=name))
+    pictures = data.Pictures(annotations.read_annotations(*files), data.Transform())
+    words = f"{name} .image 7.: the picture cannot be decoded"
+    with pytest.raises(annotations.DataError, match=words):
         pictures[0, 0]
 
 
@@ -450,10 +524,11 @@ def voc_xml(name, inside):
 
 @pytest.fixture
 def voc(tmp_path):
-    """Two pictures: a has a dog and a difficult cat, b nothing; a is in train, both are in trainval."""
+    """a has a dog and a difficult cat, b nothing; a is in train, both are in trainval."""
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / "VOC" / name).mkdir(parents=True)
-    objects = voc_object("dog", (5, 6, 25, 16)) + voc_object("cat", ("1.5", 2, 9, 8), "<difficult>1</difficult>")
+    objects = (voc_object("dog", (5, 6, 25, 16))
+               + voc_object("cat", ("1.5", 2, 9, 8), "<difficult>1</difficult>"))
     for name, inside in (("a", objects), ("b", "")):
         Image.new("RGB", (40, 30)).save(tmp_path / "VOC" / "JPEGImages" / f"{name}.jpg")
         (tmp_path / "VOC" / "Annotations" / f"{name}.xml").write_text(voc_xml(name, inside))
@@ -466,23 +541,28 @@ def test_voc_becomes_coco_that_the_reader_reads(voc, tmp_path):
     written = annotations.voc2coco(voc, tmp_path / "out")
     assert [Path(file).name for file in written] == ["train.json", "trainval.json"]
     train, both = (annotations.read_annotations(file, voc / "JPEGImages") for file in written)
-    assert train.file_names == ["a.jpg"] and both.file_names == ["b.jpg", "a.jpg"] and both.first.tolist() == [0, 0, 2]
+    assert train.file_names == ["a.jpg"] and both.file_names == ["b.jpg", "a.jpg"]
+    assert both.first.tolist() == [0, 0, 2]
     assert train.class_names == both.class_names == ["cat", "dog"]
-    assert both.boxes.tolist() == [[5, 6, 25, 16], [1.5, 2, 9, 8]]    # edges, so the dog is 20 pixels wide
+    # edges, so the dog is 20 pixels wide
+    assert both.boxes.tolist() == [[5, 6, 25, 16], [1.5, 2, 9, 8]]
     assert both.labels.tolist() == [1, 0] and both.crowd.tolist() == [False, True]
     assert json.loads(Path(written[0]).read_text())["annotations"][0]["area"] == 200
 
 
 def test_vocs_own_lists_of_one_class_are_read_too(voc, tmp_path):
-    """Pascal VOC's ImageSets/Main also holds dog_train.txt and the like: a name and 1, -1 or 0 a line."""
+    """VOC's ImageSets/Main also holds dog_train.txt and the like: a name and 1, -1 or 0 a line."""
     (voc / "ImageSets" / "Main" / "dog_trainval.txt").write_text("a  1\nb -1\n")
     annotations.voc2coco(voc, tmp_path / "out")
-    assert annotations.read_annotations(tmp_path / "out" / "train.json", voc / "JPEGImages").file_names == ["a.jpg"]
+    train = annotations.read_annotations(tmp_path / "out" / "train.json", voc / "JPEGImages")
+    assert train.file_names == ["a.jpg"]
 
 
 @pytest.mark.parametrize("xml", [
-    None, "", "<annotation>", "<annotation></annotation>", voc_xml("a", "<object><name>dog</name></object>"),
-    voc_xml("a", voc_object("dog", ("five", 6, 25, 16))), voc_xml("a", voc_object("dog", (5, 6, 25)))])
+    None, "", "<annotation>", "<annotation></annotation>",
+    voc_xml("a", "<object><name>dog</name></object>"),
+    voc_xml("a", voc_object("dog", ("five", 6, 25, 16))),
+    voc_xml("a", voc_object("dog", (5, 6, 25)))])
 def test_a_broken_voc_annotation_is_named(voc, tmp_path, xml):
     (voc / "Annotations" / "a.xml").unlink()
     if xml is not None:
@@ -511,10 +591,11 @@ def test_a_voc_box_without_extent_is_carried_over_for_the_check_to_find(voc, tmp
 # ------------------------------------------------------------------------------------------------
 
 def one_of_each_fault(folder):
-    """A data set with every kind of fault.  Returns its files, and a list of (kind, what its line must name)."""
+    """A data set with every kind of fault: its files, and pairs (kind, what its line must name)."""
     pictures = folder / "pictures"
     Image.new("RGB", (40, 30)).save(pictures / "small.png")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(pictures / "cut.jpg")
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(pictures / "cut.jpg")
     (pictures / "cut.jpg").write_bytes((pictures / "cut.jpg").read_bytes()[:900])
     size = {"height": 30, "width": 40}
     box = {"image_id": 7, "category_id": 3, "bbox": [1, 2, 3, 4]}
@@ -523,11 +604,15 @@ def one_of_each_fault(folder):
     content["images"] += [
         {"file_name": "nothing.png", **size}, {"id": 5, "file_name": "twice.png", **size},
         {"id": 11, "file_name": "../up.png", **size}, {"id": 12, "file_name": "/top.png", **size},
-        {"id": 13, "file_name": "a.png", "height": 0, "width": 40}, {"id": 14, "file_name": "missing.png", **size},
-        {"id": 15, "file_name": "small.png", "height": 300, "width": 400}, {"id": 16, "file_name": "cut.jpg", **size}]
+        {"id": 13, "file_name": "a.png", "height": 0, "width": 40},
+        {"id": 14, "file_name": "missing.png", **size},
+        {"id": 15, "file_name": "small.png", "height": 300, "width": 400},
+        {"id": 16, "file_name": "cut.jpg", **size}]
     content["annotations"] += [
-        "no object", {**box, "id": 1}, {**box, "id": 21, "image_id": 99}, {**box, "id": 22, "category_id": 77},
-        {**box, "id": 23, "bbox": [1, 2, float("nan"), 4]}, {**box, "id": 24, "bbox": [9, 9, -3, 4]},
+        "no object", {**box, "id": 1}, {**box, "id": 21, "image_id": 99},
+        {**box, "id": 22, "category_id": 77},
+        {**box, "id": 23, "bbox": [1, 2, float("nan"), 4]},
+        {**box, "id": 24, "bbox": [9, 9, -3, 4]},
         {**box, "id": 25, "bbox": [50, 9, 3, 4]}, {**box, "id": 26, "bbox": [50, 9, 3, 4]}]
     return save(folder, content), [
         ("category without id", ["nameless"]), ("duplicate category id", ["category id 3"]),
@@ -535,8 +620,10 @@ def one_of_each_fault(folder):
         ("bad file name", ["image 11", "../up.png"]), ("bad file name", ["image 12", "/top.png"]),
         ("bad image size", ["image 13"]), ("missing picture", ["image 14", "missing.png"]),
         ("picture size differs", ["image 15", "small.png", "40 x 30", "400 x 300"]),
-        ("unreadable picture", ["image 16", "cut.jpg"]), ("broken annotation", ["annotation number 3"]),
-        ("duplicate annotation id", ["image 7", "annotation 1"]), ("unknown image", ["image 99", "annotation 21"]),
+        ("unreadable picture", ["image 16", "cut.jpg"]),
+        ("broken annotation", ["annotation number 3"]),
+        ("duplicate annotation id", ["image 7", "annotation 1"]),
+        ("unknown image", ["image 99", "annotation 21"]),
         ("unknown category", ["image 7", "annotation 22", "77"]),
         ("box is not four finite numbers", ["image 7", "annotation 23"]),
         ("box without extent", ["image 7", "annotation 24"]),
@@ -550,7 +637,8 @@ def test_the_check_reports_every_fault_in_one_pass_with_counts(folder):
     assert annotations.check(*files, out=out) == len(expected)
     lines = out.getvalue().splitlines()
     for _, words in expected:
-        assert sum(all(word in line for word in words) for line in lines[:len(expected)]) == 1, words
+        of_fault = [line for line in lines[:len(expected)] if all(word in line for word in words)]
+        assert len(of_fault) == 1, words
     assert all("set.json" in line or "pictures" in line for line in lines[:len(expected)])
     kinds = [kind for kind, _ in expected]
     counts = lines[lines.index(f"{len(expected)} fault(s)") + 1:]
@@ -572,17 +660,21 @@ def test_check_exits_with_0_without_faults(folder, command):
 
 def test_check_exits_with_1_with_faults(folder):
     (json_file, images), expected = one_of_each_fault(folder)
-    done = subprocess.run([sys.executable, ROOT / "annotations.py", "check", "--json", json_file, "--images", images],
+    done = subprocess.run([sys.executable, ROOT / "annotations.py", "check",
+                           "--json", json_file, "--images", images],
                           capture_output=True, text=True)
     assert done.returncode == 1 and f"{len(expected)} fault(s)" in done.stdout and not done.stderr
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"images": [], "annotations": [], "categories": []}', "\udcff", None])
+@pytest.mark.parametrize("content", [
+    "{", "[]", '{"images": [], "annotations": [], "categories": []}', "\udcff", None])
 def test_check_exits_with_2_and_one_line_when_nothing_can_be_read(tmp_path, command, content):
     if content is not None:
         (tmp_path / "set.json").write_bytes(content.encode(errors="surrogateescape"))
-    code, _, said = command(annotations, "check", "--json", tmp_path / "set.json", "--images", tmp_path)
-    assert code == 2 and said.count("\n") == 1 and said.startswith(f"annotations.py: {tmp_path / 'set.json'}: ")
+    file = tmp_path / "set.json"
+    code, _, said = command(annotations, "check", "--json", file, "--images", tmp_path)
+    assert code == 2 and said.count("\n") == 1
+    assert said.startswith(f"annotations.py: {file}: ")
 
 
 def test_voc2coco_exits_with_2_and_one_line_when_there_is_no_voc_folder(tmp_path, command):
