@@ -194,6 +194,16 @@ def vary_colours(picture, strength, noise, rng):
     return Image.fromarray((np.asarray(picture, np.float32) + shift).clip(0, 255).astype(np.uint8))
 
 
+MEAN_COLOUR = 124, 116, 104                      # what becomes 0 in the network, as padding is
+
+
+def shift(picture, boxes, dx, dy):
+    """Everything moves right by dx and down by dy pixels; the mean colour fills the gap."""
+    move = (1, 0, -dx, 0, 1, -dy)
+    picture = picture.transform(picture.size, Image.AFFINE, move, fillcolor=MEAN_COLOUR)
+    return picture, boxes + torch.tensor([dx, dy, dx, dy])
+
+
 @dataclass
 class Transform:
     """What happens to a picture on its way into a batch.
@@ -202,7 +212,9 @@ class Transform:
     `flip`; with probability `crop`, resize the shorter side to one of 400, 500, 600 and cut a
     window with sides of 384 to 600 (DETR's augmentation, which OneNet and Sparse R-CNN took over);
     then resize the shorter side to one of `shortest`.  The original CenterNet instead cuts a square
-    (`square`, its side in pixels) and varies colours.
+    (`square`, its side in pixels) and varies colours.  Last, for small pictures, a move of up to
+    `shift` pixels, right or left and up or down: where all epochs show a picture at one place, a
+    network can learn by heart which cell of its grid it chose there.
 
     Evaluation: all of it 0, and one size, or none, which keeps the picture's own.
     """
@@ -213,6 +225,7 @@ class Transform:
     round_down: bool = False
     square: int = 0
     colours: float = 0.0
+    shift: int = 0
 
     def __call__(self, picture, boxes, rng):
         """Boxes move with their pixels; after every step they are clipped.
@@ -243,6 +256,9 @@ class Transform:
             picture, boxes = resize(picture, boxes, shortest, self.longest, self.round_down)
         if self.colours:
             picture = vary_colours(picture, self.colours, 0.1, rng)
+        if self.shift:
+            dx, dy = rng.integers(-self.shift, self.shift + 1, 2).tolist()
+            picture, boxes = shift(picture, boxes, dx, dy)
         boxes, inside = clip(boxes, picture.width, picture.height)
         return picture, boxes, kept & inside
 

@@ -32,8 +32,8 @@ EVERYWHERE = {
     "backbone_weights": "none", "resnet": "torchvision",
     "assign": "hungarian", "location_cost": "predicted", "lambda_cls": LAMBDA_CLS,
     "lambda_l1": LAMBDA_L1, "lambda_iou": LAMBDA_IOU,
-    "round_down": False, "square": 0, "colours": 0.0, "skip_empty": False, "flip": 0.5, "crop": 0.0,
-    "drop_bad_boxes": False,
+    "flip": 0.5, "crop": 0.0, "square": 0, "colours": 0.0, "shift": 0, "round_down": False,
+    "skip_empty": False, "drop_bad_boxes": False,
     "accumulate": 1, "backbone_lr_factor": 1.0, "weight_decay": 1e-4, "momentum": 0.9,
     "warmup_steps": 0, "warmup_factor": 0.01, "milestones": [], "clip_grad": 0.0,
     "seed": 0, "precision": "fp32", "eval_every": 0, "max_dets": 100, "log_every": 20,
@@ -274,6 +274,8 @@ def add_picture_flags(g):
                    "pixels instead, as the original CenterNet does (coco: 512; else 0, off)")
     g.add_argument("--colours", **X, help="vary brightness, contrast and saturation by up to this "
                    "share (coco, CenterNet one-to-many: 0.4)")
+    g.add_argument("--shift", **N, help="move each picture by up to N pixels, right or left and up "
+                   "or down; one colour fills the gap (default 0)")
     g.add_argument("--skip-empty", **YES, help="leave pictures without objects out of training "
                    "(coco, one-to-many RetinaNet and FCOS: yes)")
     g.add_argument("--workers", **N, help="processes that read pictures, per training process "
@@ -326,7 +328,7 @@ def add_run_flags(g):
     g.add_argument("--backbone", choices=checkpoints.BACKBONES,
                    help="tiny is for pictures of about 128 pixels (scenes: tiny; coco: resnet50)")
     g.add_argument("--backbone-weights", metavar="W", help="none, imagenet (torchvision's), or a "
-                   "file: a torchvision ResNet or a last.pt")
+                   "file: a torchvision ResNet, a last.pt, or tiny.pt (pretrain.py)")
     g.add_argument("--resnet", choices=("torchvision", "msra"), help="whose pre-trained ResNet: "
                    "torchvision's (RGB, default), or MSRA's (BGR, stride in the first 1x1), which "
                    "detectron2's and AdelaiDet's one-to-many figures were made with; give its "
@@ -441,7 +443,7 @@ def effective_flags(given):
 AT_LEAST_1 = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "max_dets",
               "width", "depth", "layers", "hidden", "queries", "levels", "dynamic", "roi_size",
               "anchor_scales")
-NOT_NEGATIVE = ("seed", "workers", "eval_every", "extra_levels", "square")
+NOT_NEGATIVE = ("seed", "workers", "eval_every", "extra_levels", "square", "shift")
 
 
 def check_flags(flags, world):

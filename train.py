@@ -67,7 +67,7 @@ def open_data(flags, process):
 
     augment = data.Transform(flags["train_sizes"], flags["train_longest"], flags["flip"],
                              flags["crop"], flags["round_down"], square=flags["square"],
-                             colours=flags["colours"])
+                             colours=flags["colours"], shift=flags["shift"])
     return (data.Pictures(train_set, augment, flags["seed"]),
             data.Pictures(val_set, data.Transform(**test_transform(flags))))
 

@@ -273,6 +273,47 @@ def test_colours_vary_as_much_as_asked_and_only_the_colours():
     assert picture.size == (640, 480) and boxes[0].tolist() == [100, 100, 300, 200]
 
 
+@settings(max_examples=60)
+@given(RECTANGLES, st.integers(0, 999))
+def test_the_box_is_where_the_pixels_are_after_a_shift_to_the_pixel(box, seed):
+    """Whole pixels move, so that box and pixels agree exactly where the rectangle stays inside."""
+    before, was = rectangle(box)
+    transform = data.Transform(shortest=(480,), shift=150)
+    picture, boxes, kept = transform(before, was, np.random.default_rng(seed))
+    assert picture.size == before.size
+    assert seen(picture) == (boxes[0].tolist() if kept[0] else None)
+    untouched = (boxes[0] > 0).all() and (boxes[0, 2:] < torch.tensor([640, 480])).all()
+    if untouched:
+        assert torch.equal(boxes[0, 2:] - boxes[0, :2], was[0, 2:] - was[0, :2])
+
+
+def test_a_shift_is_as_far_as_asked_to_all_sides_and_one_colour_fills_its_gap():
+    picture, boxes = rectangle([300, 200, 340, 240])
+    transform, moves = data.Transform(shortest=(480,), shift=3), []
+    for seed in range(200):
+        moved, there, _ = transform(picture, boxes, np.random.default_rng(seed))
+        moves.append((there - boxes)[0, :2].int().tolist())
+        dx, dy = moves[-1]
+        inside = np.zeros((480, 640), bool)
+        inside[max(dy, 0):480 + min(dy, 0), max(dx, 0):640 + min(dx, 0)] = True
+        assert (np.asarray(moved)[~inside] == data.MEAN_COLOUR).all()
+    assert {x for x, _ in moves} == {y for _, y in moves} == {-3, -2, -1, 0, 1, 2, 3}
+
+
+def test_a_shift_changes_no_other_random_choice():
+    """It is drawn last, so that undoing it gives the picture that is there without it."""
+    picture, boxes = rectangle([200, 150, 420, 300])
+    choices = {"shortest": (96, 128, 160), "flip": 0.5, "crop": 0.5, "colours": 0.4}
+    for seed in range(20):
+        plain, same_plain, moved = (
+            data.Transform(**choices, **more)(picture, boxes, np.random.default_rng(seed))[0]
+            for more in ({}, {"shift": 0}, {"shift": 5}))
+        assert plain.tobytes() == same_plain.tobytes() and plain.size == moved.size
+        here, there = np.asarray(plain)[8:-8, 8:-8], np.asarray(moved)
+        assert any((there[8 + dy:, 8 + dx:][:here.shape[0], :here.shape[1]] == here).all()
+                   for dx in range(-5, 6) for dy in range(-5, 6))
+
+
 def test_boxes_are_clipped_and_emptied_boxes_marked():
     boxes = [[-10, 5, 20, 60], [90, 10, 130, 20], [100, 0, 120, 20], [5, 5, 9, 9], [30, -9, 40, 0]]
     transform, picture = data.Transform(shortest=(100,)), Image.new("RGB", (100, 50))

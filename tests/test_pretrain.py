@@ -1,0 +1,107 @@
+"""The small backbone's school: crops show their creatures, a short run learns, what ships sees."""
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpoints
+import models
+import pretrain
+import scenes
+
+ROOT = Path(__file__).resolve().parent.parent
+MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in models.PIXELS["rgb"])
+
+
+def cut_by_pil(index, split="val"):
+    """The crops and kinds of one scene, by Pillow's own cutting and resizing."""
+    picture, objects = scenes.draw(pretrain.SEED, split, index)
+    crops, kinds = [], []
+    for creature in objects:
+        x1, y1, x2, y2 = creature["box"]
+        half = 0.75 * max(x2 - x1, y2 - y1)
+        left, top, scale = (x1 + x2) / 2 - half, (y1 + y2) / 2 - half, 2 * half / pretrain.CROP
+        window = scale, 0, left, 0, scale, top
+        crop = picture.transform((pretrain.CROP,) * 2, Image.AFFINE, window, Image.BILINEAR,
+                                 fillcolor=(124, 116, 104))
+        crops.append((torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() - MEAN) / STD)
+        kinds.append(creature["kind"])
+    return crops, kinds
+
+
+def some_crops(indices):
+    parts = [cut_by_pil(index) for index in indices]
+    crops = [crop for crops, _ in parts for crop in crops]
+    return torch.stack(crops), torch.tensor([kind for _, kinds in parts for kind in kinds])
+
+
+def test_a_crop_is_pillows_but_for_the_rounding_and_the_rim():
+    pictures, which, places, kinds = pretrain.creatures("val", 12)
+    expected, expected_kinds = some_crops(range(12))
+    got = pretrain.cut(pictures[which], places)
+    assert torch.equal(kinds, expected_kinds)
+    difference = (got - expected).abs()                              # in standard deviations
+    assert difference.mean() < 0.02
+    assert (difference.amax(1) > 0.1).float().mean() < 0.03          # the rim, half a pixel wide
+
+
+def test_varied_crops_differ_from_one_another_and_all_hold_their_creature():
+    """Its colour is the one under its body's outline; a seventh of it must be in each."""
+    pictures, which, places, _ = pretrain.creatures("val", 4)
+    first = int(which[0])
+    picture, objects = scenes.draw(pretrain.SEED, "val", first)
+    body = np.asarray(scenes.silhouette(objects[0]["polygons"][:1])) > 200
+    colour = torch.tensor(np.median(np.asarray(picture)[body], 0), dtype=torch.float32)
+    many = torch.zeros(64, dtype=torch.long)
+    crops = pretrain.cut(pictures[which[many]], places[many], vary=True)
+    assert len(crops.flatten(1).unique(dim=0)) == 64
+    near = ((crops * STD + MEAN - colour.view(3, 1, 1)).abs() < 30).all(1).float().mean((1, 2))
+    share = objects[0]["area"] / (1.5 * float(places[0, 2])) ** 2
+    assert near.min() > share / 7
+
+
+def test_a_short_run_learns_what_chance_cannot_tell():
+    """Six kinds, counted here: the most frequent of them is right for about a fifth."""
+    crops, kinds = some_crops(range(100))
+    chance = 100 * kinds.bincount().max() / len(kinds)
+    model = pretrain.train(steps=150, pictures=400).eval()
+    with torch.no_grad():
+        right = 100 * (model(crops).argmax(1) == kinds).float().mean()
+    assert chance < 30 and right > chance + 20
+    assert abs(pretrain.accuracy(model, count=100) - right) < 5
+
+
+def test_what_is_saved_comes_back_in_half_precision(tmp_path):
+    model = pretrain.Classifier()
+    pretrain.save(model, tmp_path / "some.pt")
+    backbone = models.Tiny()
+    checkpoints.load_backbone(backbone, tmp_path / "some.pt")
+    for name, value in backbone.state_dict().items():
+        given = model.backbone.state_dict()[name]
+        assert value.dtype == given.dtype, name
+        assert torch.allclose(value, given, rtol=1e-3, atol=1e-6), name
+
+
+def test_the_file_that_ships_is_small_and_tells_creatures_apart():
+    """By the kind whose mean feature is nearest, without training; an untrained backbone cannot."""
+    assert (ROOT / "tiny.pt").stat().st_size <= 4_000_000
+    crops, kinds = some_crops(range(160))
+    right = {}
+    for name in ("trained", "untrained"):
+        backbone = models.Tiny()
+        if name == "trained":
+            checkpoints.load_backbone(backbone, ROOT / "tiny.pt")
+        with torch.no_grad():
+            features = backbone.eval()(crops)[-1].mean((2, 3))
+        half = len(kinds) // 2
+        means = [features[:half][kinds[:half] == k].mean(0) for k in range(len(scenes.KINDS))]
+        told = torch.cdist(features[half:], torch.stack(means)).argmin(1)
+        right[name] = (told == kinds[half:]).float().mean()
+    assert right["trained"] > 0.8 and right["trained"] > right["untrained"] + 0.3
+
+
+def test_no_row_trains_or_validates_on_its_pictures():
+    assert pretrain.SEED != 0 and scenes.write.__defaults__[0] == 0
+    mine, theirs = (scenes.draw(seed, "train", 0)[0] for seed in (pretrain.SEED, 0))
+    assert mine.tobytes() != theirs.tobytes()
