@@ -26,50 +26,48 @@ import runs
 import scenes
 
 SEED = 1                        # of the pictures; the rows' are of seed 0
-CROP = 64                       # pixels, side of a crop
+CROP = 96                       # pixels, side of a crop
 
 
 def creatures(split, count):
     """Scenes, and every creature in them, as a classifier sees them.
 
-    Returns pictures (N, 3, H, W), uint8; of each creature the picture it is in (M,), its place
-    (M, 3): middle x, middle y and longer side of what is drawn, in pixels; and its kind (M,).
+    Returns pictures (N, 3, H, W), uint8; of each creature the picture it is in (M,), the middle of
+    what is drawn of it (M, 2) as x, y in pixels, and its kind (M,).
     """
     pictures, which = [], []
-    places, kinds = [], []
+    middles, kinds = [], []
     for index in tqdm(range(count), f"{split} pictures", leave=False, disable=None):
         picture, objects = scenes.draw(SEED, split, index)
         pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
         for creature in objects:
-            box = creature["box"]
             which.append(index)
-            places.append([*((box[:2] + box[2:]) / 2), (box[2:] - box[:2]).max()])
+            middles.append((creature["box"][:2] + creature["box"][2:]) / 2)
             kinds.append(creature["kind"])
-    places = torch.tensor(np.array(places), dtype=torch.float32)
-    return torch.stack(pictures), torch.tensor(which), places, torch.tensor(kinds)
+    middles = torch.tensor(np.array(middles), dtype=torch.float32)
+    return torch.stack(pictures), torch.tensor(which), middles, torch.tensor(kinds)
 
 
-def cut(pictures, places, vary=False):
+def cut(pictures, middles, vary=False):
     """Square crops around the creatures, normalised as the detectors do it: (M, 3, CROP, CROP).
 
-    pictures: (M, 3, H, W), one for each crop.  A crop shows 1.5 times the creature's longer side;
-    vary: 1.1 to 2.2 times, turned, mirrored and moved at random, so that no creature looks twice
-    the same.  The mean colour fills what lies outside of the picture.
+    pictures: (M, 3, H, W), one for each crop.  vary: turned, mirrored, scaled and moved at random,
+    so that no creature looks twice the same.  The mean colour fills what lies outside.
     """
     M, size = len(pictures), pictures.shape[-1]
-    side, turn = 1.5 * places[:, 2], torch.zeros(M)
+    turn, zoom = torch.zeros(M), torch.ones(M)
     mirror, move = torch.ones(M), torch.zeros(M, 2)
     if vary:
         turn = 2 * torch.pi * torch.rand(M)
-        side = 1.1 * places[:, 2] * 2 ** torch.rand(M)
+        zoom = 2 ** (1.2 * torch.rand(M) - 0.6)
         mirror = torch.randint(2, (M,)) * 2.0 - 1
-        move = (0.3 * torch.rand(M, 2) - 0.15) * side[:, None]
+        move = 16 * torch.rand(M, 2) - 8
 
     # each crop's two axes and its middle, in the picture's coordinates from -1 to 1
-    half = side / size
+    half = CROP / size / zoom
     across = torch.stack([mirror * turn.cos(), mirror * turn.sin()], 1) * half[:, None]
     down = torch.stack([-turn.sin(), turn.cos()], 1) * half[:, None]
-    at = 2 * (places[:, :2] + move) / size - 1
+    at = 2 * (middles + move) / size - 1
     axes = torch.stack([across, down, at], 2)                            # (M, 2, 3)
     grid = F.affine_grid(axes, (M, 3, CROP, CROP), align_corners=False)
 
@@ -93,28 +91,28 @@ class Classifier(nn.Module):
 @torch.no_grad()
 def accuracy(model, split="val", count=500):
     """Share of creatures of other pictures whose kind the classifier tells, in percent."""
-    pictures, which, places, kinds = creatures(split, count)
+    pictures, which, middles, kinds = creatures(split, count)
     model.eval()
     right = 0
     for part in torch.arange(len(kinds)).split(256):
-        told = model(cut(pictures[which[part]], places[part])).argmax(1)
+        told = model(cut(pictures[which[part]], middles[part])).argmax(1)
         right += int((told == kinds[part]).sum())
     return 100 * right / len(kinds)
 
 
-def train(steps=6000, batch=64, pictures=8000, lr=2e-3, seed=0):
+def train(steps=2500, batch=64, pictures=8000, lr=2e-3, seed=0):
     """A classifier of creatures, trained on random crops of them."""
     torch.manual_seed(seed)
     model = Classifier().to(memory_format=torch.channels_last)
     bfloat16 = runs.native_precision("cpu") == "bf16"
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    pictures, which, places, kinds = creatures("train", pictures)
+    pictures, which, middles, kinds = creatures("train", pictures)
 
     bar = tqdm(range(steps), "crops", unit="step", smoothing=0.05, disable=None)
     for step in bar:
         some = torch.randint(len(kinds), (batch,))
-        crops = cut(pictures[which[some]], places[some], vary=True)
+        crops = cut(pictures[which[some]], middles[some], vary=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             logits = model(crops)
         loss = F.cross_entropy(logits.float(), kinds[some])
@@ -142,8 +140,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="tiny.pt", metavar="FILE",
                         help="where to write the backbone (default: tiny.pt)")
-    parser.add_argument("--steps", type=int, default=6000, metavar="N",
-                        help="optimiser steps (default 6000)")
+    parser.add_argument("--steps", type=int, default=2500, metavar="N",
+                        help="optimiser steps (default 2500)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N",
                         help="crops a step (default 64)")
     parser.add_argument("--seed", type=int, default=0,

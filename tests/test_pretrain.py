@@ -20,9 +20,8 @@ def cut_by_pil(index, split="val"):
     crops, kinds = [], []
     for creature in objects:
         x1, y1, x2, y2 = creature["box"]
-        half = 0.75 * max(x2 - x1, y2 - y1)
-        left, top, scale = (x1 + x2) / 2 - half, (y1 + y2) / 2 - half, 2 * half / pretrain.CROP
-        window = scale, 0, left, 0, scale, top
+        left, top = (x1 + x2) / 2 - pretrain.CROP / 2, (y1 + y2) / 2 - pretrain.CROP / 2
+        window = 1, 0, left, 0, 1, top
         crop = picture.transform((pretrain.CROP,) * 2, Image.AFFINE, window, Image.BILINEAR,
                                  fillcolor=(124, 116, 104))
         crops.append((torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() - MEAN) / STD)
@@ -37,9 +36,9 @@ def some_crops(indices):
 
 
 def test_a_crop_is_pillows_but_for_the_rounding_and_the_rim():
-    pictures, which, places, kinds = pretrain.creatures("val", 12)
+    pictures, which, middles, kinds = pretrain.creatures("val", 12)
     expected, expected_kinds = some_crops(range(12))
-    got = pretrain.cut(pictures[which], places)
+    got = pretrain.cut(pictures[which], middles)
     assert torch.equal(kinds, expected_kinds)
     difference = (got - expected).abs()                              # in standard deviations
     assert difference.mean() < 0.02
@@ -48,16 +47,16 @@ def test_a_crop_is_pillows_but_for_the_rounding_and_the_rim():
 
 def test_varied_crops_differ_from_one_another_and_all_hold_their_creature():
     """Its colour is the one under its body's outline; a seventh of it must be in each."""
-    pictures, which, places, _ = pretrain.creatures("val", 4)
+    pictures, which, middles, _ = pretrain.creatures("val", 4)
     first = int(which[0])
     picture, objects = scenes.draw(pretrain.SEED, "val", first)
     body = np.asarray(scenes.silhouette(objects[0]["polygons"][:1])) > 200
     colour = torch.tensor(np.median(np.asarray(picture)[body], 0), dtype=torch.float32)
     many = torch.zeros(64, dtype=torch.long)
-    crops = pretrain.cut(pictures[which[many]], places[many], vary=True)
+    crops = pretrain.cut(pictures[which[many]], middles[many], vary=True)
     assert len(crops.flatten(1).unique(dim=0)) == 64
     near = ((crops * STD + MEAN - colour.view(3, 1, 1)).abs() < 30).all(1).float().mean((1, 2))
-    share = objects[0]["area"] / (1.5 * float(places[0, 2])) ** 2
+    share = objects[0]["area"] / pretrain.CROP ** 2
     assert near.min() > share / 7
 
 
@@ -65,7 +64,7 @@ def test_a_short_run_learns_what_chance_cannot_tell():
     """Six kinds, counted here: the most frequent of them is right for about a fifth."""
     crops, kinds = some_crops(range(100))
     chance = 100 * kinds.bincount().max() / len(kinds)
-    model = pretrain.train(steps=150, pictures=400).eval()
+    model = pretrain.train(steps=300, pictures=400).eval()
     with torch.no_grad():
         right = 100 * (model(crops).argmax(1) == kinds).float().mean()
     assert chance < 30 and right > chance + 20
