@@ -11,7 +11,7 @@ import torchvision
 import checkpoints
 import models
 from checkpoints import CheckpointError
-from test_models import pictures, run, small
+from test_models import run, small
 
 DESCRIPTION = {"class_names": ["a", "b", "c"], "test_transform": {}, "args": {}}
 SLIM = {"backbone": "tiny", "width": 16, "depth": 1, "extra_levels": 1}

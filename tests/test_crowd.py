@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from PIL import Image
 from torchvision.ops import box_convert, box_iou, nms
 
 import annotations
