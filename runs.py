@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -245,3 +246,119 @@ class Progress:
                 print(f"step {done}/{self.steps}  loss {row['loss']:.3f}  {speed} images/s  "
                       f"{pace * (self.steps - done) / 60:.1f} min left", flush=True)
         self.logged, self.waited, self.since = done, 0.0, time.perf_counter()
+
+
+# ------------------------------------------------------------------------------------------------
+# several runs, side by side
+# ------------------------------------------------------------------------------------------------
+
+def last_row(file):
+    """The last row of a CSV file, {} where there is none."""
+    file = Path(file)
+    rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+    return rows[-1] if rows else {}
+
+
+def finished(folder):
+    """(flags, figures) of a run that was evaluated after its last step, else None.
+
+    An evaluation on the way leaves a metrics.json too: eval.csv tells whose it is.  Raises RunError
+    if a file cannot be read.
+    """
+    files = [Path(folder) / name for name in ("args.json", "metrics.json", "eval.csv")]
+    if not all(file.exists() for file in files):
+        return None
+    try:
+        flags, figures = (json.loads(file.read_text()) for file in files[:2])
+        row = last_row(files[2])
+        # killed between the row and the figures, these are of an earlier step
+        same = row and abs(float(row["AP50"]) - figures["AP50"]) < 1e-3
+        return (flags, figures) if same and int(row["step"]) == flags["steps"] else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{folder}: args.json, metrics.json or eval.csv cannot be read ({error!r}); "
+                       f"remove the folder to train anew") from error
+
+
+class Sitting:
+    """A training command under way: its output goes to FOLDER/output.txt, its time to minutes.txt.
+
+    words: the command   steps: of the whole run   threads: how many it may use
+    """
+
+    def __init__(self, folder, words, steps, threads):
+        self.folder, self.steps = Path(folder), steps
+        self.threads, self.began = threads, time.time()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "last.pt").exists():       # what an attempt left is not this run's
+            for name in ("output.txt", "minutes.txt", "log.csv"):
+                (self.folder / name).unlink(missing_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        with open(self.folder / "output.txt", "a") as output:
+            self.process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT,
+                                            env=environment)
+        self.first = self.step()
+        self.bar = tqdm(total=steps, initial=self.first, desc=self.folder.name, unit="step",
+                        leave=False, disable=None)
+
+    def step(self):
+        return int(last_row(self.folder / "log.csv").get("step") or 0)
+
+    def is_over(self):
+        self.bar.update(self.step() - self.bar.n)
+        return self.process.poll() is not None
+
+    def end(self):
+        """Waits for its end; a run that still trains is asked for it, and saves its step."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        code = self.process.wait()
+        self.bar.close()
+        with open(self.folder / "minutes.txt", "a") as stream:
+            minutes = (time.time() - self.began) / 60
+            stream.write(f"{minutes:.3f} OMP_NUM_THREADS={self.threads}\n")
+        return code
+
+
+def sittings(folder):
+    """[(minutes, setting of the threads)] of a run that `side_by_side` trained."""
+    file = Path(folder) / "minutes.txt"
+    rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    return [(float(minutes), threads) for minutes, threads in rows]
+
+
+def side_by_side(commands, jobs):
+    """Runs training commands, `jobs` at a time, and shares the cores out.
+
+    commands: {folder: (words, steps)}   returns {folder: the last line it said} of those that fail
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores // jobs)
+    waiting, running, failed = list(commands.items()), [], {}
+    began, learned = time.time(), 0                                  # steps, in this call
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                folder, (words, steps) = waiting.pop(0)
+                running.append(Sitting(folder, words, steps, threads))
+            time.sleep(0.2)
+
+            for sitting in [s for s in running if s.is_over()]:
+                running.remove(sitting)
+                said = "finished"
+                if sitting.end() != 0:
+                    lines = (sitting.folder / "output.txt").read_text().strip().splitlines()
+                    said = failed[sitting.folder] = lines[-1] if lines else "it said nothing"
+
+                # what is left, at the pace until now
+                learned += sitting.step() - sitting.first
+                now = {s: s.step() for s in running}
+                left = (sum(steps for _, (_, steps) in waiting)
+                        + sum(s.steps - step for s, step in now.items()))
+                done = learned + sum(step - s.first for s, step in now.items())
+                minutes = (time.time() - began) / 60 * left / max(done, 1)
+                tqdm.write(f"{sitting.folder.name}: {said}; {len(waiting) + len(running)} to go, "
+                           f"about {minutes:.0f} minutes")
+    finally:
+        for sitting in running:
+            sitting.end()
+    return failed

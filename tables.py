@@ -1,0 +1,250 @@
+"""Tables 1, 2 and 3: trains their rows, and prints them beside the paper's, with verdicts.
+
+    python tables.py 1 --seeds 0 1 2                    one-to-many against one-to-one
+    python tables.py 2 --seeds 0 1 2 --jobs 2           what the classification cost does
+    python tables.py 1 2 --detectors fcos               the rows of both in one table
+    python tables.py 3                                  crowds
+    python tables.py 2 --collect --readme README.md     only what is there, into a page
+    python tables.py 2 -- --steps 400                   what stands after -- goes to every row
+
+A finished run is not trained again, and after Ctrl-C the same command goes on.  A run's folder, in
+--out, holds the words of train.py in output.txt and its time in minutes.txt.  Exit code: 0 all
+statements hold, 1 one does not or a row is missing, 2 a row failed or the command is wrong.
+"""
+import argparse
+import contextlib
+import csv
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import annotations
+import claims
+import crowd
+import data
+import recipes
+import runs
+from claims import BOXES, DATA, FLAGS, ROWS, Figure
+from recipes import NAMES, UsageError
+from runs import RunError
+
+
+class Run(NamedTuple):
+    row: tuple                  # detector, rule
+    folder: Path
+    words: list                 # for train.py
+    flags: dict                 # in force
+
+
+def plan(args, extra):
+    """Every Run of the tables, in their order.  Raises UsageError."""
+    parser, planned = recipes.make_parser(), []
+    ours = ("data", "detector", "assign", "location_cost", "class_cost", "seed", "out", "resume")
+    for name, value in vars(parser.parse_args(extra)).items():
+        if name in ours and value not in (None, False):
+            raise UsageError(f"{recipes.flag(name)} after --: tables.py gives it to each row")
+    rows = [(detector, rule) for detector in args.detectors for rule in FLAGS
+            if any(detector in ROWS[table].get(rule, ()) for table in args.tables)]
+    for detector, rule in rows:
+        for seed in args.seeds:
+            words = ["--data", args.data, "--detector", detector, *FLAGS[rule].split(), "--seed",
+                     str(seed), *extra]
+            flags, _ = recipes.effective_flags(vars(parser.parse_args(words)))
+            recipes.check_flags(flags, 1)
+            folder = Path(args.out) / f"{recipes.run_name(flags)}-seed{seed}"
+            planned.append(Run((detector, rule), folder, words, flags))
+    return planned
+
+
+def numbers_of(run):
+    """{name: number} of a finished run, else None.  Raises UsageError if it is another row's."""
+    saved, found = runs.finished(run.folder) or (None, None)
+    if not saved:
+        return None
+    changed = [f"{recipes.flag(name)} (was {saved.get(name)}, now {value})"
+               for name, value in run.flags.items() if name not in recipes.FREE_ON_RESUME
+               and value not in (saved.get(name), "auto")]
+    if changed:
+        raise UsageError(f"the folder holds a run of other flags, {', '.join(changed)}; give its "
+                         f"flags after --, or choose another --out")
+    numbers = {"minutes": sum(m for m, _ in runs.sittings(run.folder)) or None}
+    for name in [name for name in ("AP", "AP50", "mMR", "recall", "JI") if name in found]:
+        numbers.update({name: found[name], f"{name}+NMS": found["nms"][name]})
+    return claims.with_gains(numbers)
+
+
+def train_missing(planned, jobs):
+    """Trains what is not finished.  Returns {folder: the last line of its error}."""
+    commands, script = {}, Path(__file__).with_name("train.py")
+    for run in planned:
+        with contextlib.suppress(RunError):                          # `collect` tells it
+            if runs.finished(run.folder):
+                continue
+            resume = ["--resume"] * (run.folder / "last.pt").exists()
+            words = [sys.executable, script, *run.words, "--out", str(run.folder), *resume]
+            commands[run.folder] = words, run.flags["steps"]
+    print(f"{len(planned)} runs, {len(commands)} of them to train, {jobs} at a time", flush=True)
+    for split in ("train", "val") if commands else ():   # drawn, or found missing, before the first
+        data.locate(planned[0].flags, split)
+    return runs.side_by_side(commands, jobs)
+
+
+def collect(planned, failed):
+    """{(detector, rule): {name: Figure}} of what is there, and the folders of what is not."""
+    found, missing = {run.row: [] for run in planned}, []
+    for run in planned:
+        numbers = None
+        try:
+            numbers = numbers_of(run)
+        except (UsageError, RunError) as error:                      # of other flags, damaged
+            failed.setdefault(run.folder, error)
+        if numbers:
+            found[run.row].append(numbers)
+        else:
+            missing.append(run.folder)
+
+    table = {}
+    for row, there in found.items():
+        columns = {name: [numbers[name] for numbers in there] for name in (there or [{}])[0]}
+        table[row] = {name: Figure(sum(c) / len(c), (max(c) - min(c)) / 2, len(c))
+                      for name, c in columns.items() if None not in c}
+    return table, missing
+
+
+def boxes_recall(args, flags):
+    """What NMS leaves of the annotation boxes, in percent; --collect reads what stands there."""
+    file = Path(args.out) / f"{args.data}-annotation-boxes.txt"
+    if not args.collect:
+        boxes = annotations.read_annotations(*data.locate(flags, "val"), flags["drop_bad_boxes"])
+        file.write_text(f"{crowd.annotation_recall(crowd.crowd_truth(boxes))[0.5]}\n")
+    return {"recall": Figure(float(file.read_text()))} if file.exists() else {}
+
+
+# ------------------------------------------------------------------------------------------------
+# the page
+# ------------------------------------------------------------------------------------------------
+
+def lines(args, extra, ours, paper):
+    """The table, cell by cell."""
+    names = [name + end for name in ("AP", "AP50") for end in ("", "+NMS", " gain")]
+    if args.tables == ["3"]:
+        names = [name + end for name in ("AP50", "mMR", "recall", "JI") for end in ("", "+NMS")]
+    papers = [name for name in names if any(name in row for row in paper.values())]
+    table = [["`python train.py` with", "detector", "positive samples", *names, "minutes",
+              *[f"paper's {name}" for name in papers]]]
+    for (detector, rule), row in ours.items():
+        if rule == BOXES:
+            continue
+        flags = [f"--data {args.data}"] * (args.data != "scenes")
+        flags += [f"--detector {detector}"] * (detector != "fcos") + [FLAGS[rule], *extra]
+        flags = " ".join(flag for flag in flags if flag)
+        cells = [(row, name) for name in [*names, "minutes"]]
+        cells += [(paper[detector, rule], name) for name in papers]
+        table.append([f"`{flags}`" if flags else "no flag", NAMES[detector], rule]
+                     + [row[name].text("+" * ("gain" in name)) if name in row else ""
+                        for row, name in cells])
+    return table
+
+
+def markdown(table):
+    widths = [max(map(len, column)) for column in zip(*table)]
+    padded = [" | ".join(map(str.ljust, line, widths)) for line in table]
+    padded.insert(1, " | ".join("-" * width for width in widths))
+    return "".join(f"| {line} |\n" for line in padded)
+
+
+def split_page(file, key):
+    """The text of a page before and after its table.  Raises UsageError."""
+    text = Path(file).read_text()
+    start, end = f"<!-- table {key} -->\n", f"<!-- end of table {key} -->"
+    head, _, rest = text.partition(start)
+    _, mark, tail = rest.partition(end)
+    if not mark:
+        raise UsageError(f"{file} does not hold the lines {start.strip()} and {end}")
+    return head + start, mark + tail
+
+
+def read_command(words):
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    add = parser.add_argument
+    add("tables", nargs="+", choices=tuple(ROWS), metavar="TABLE", help="1, 2, 1 2 or 3")
+    add("--data", help="scenes (default) or coco; table 3: crowd (default) or crowdhuman")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    add("--detectors", nargs="+", choices=tuple(NAMES), metavar="D", help="default: all")
+    add("--jobs", type=int, default=1, metavar="N", help="runs side by side (default: 1)")
+    add("--collect", action="store_true", help="train nothing, take what is there")
+    add("--readme", metavar="FILE", help="a page: what stands in it between <!-- table 1 --> and "
+                                         "<!-- end of table 1 --> (or 2, 1 2, 3) is rewritten")
+    add("--out", default="runs/tables", metavar="DIR", help="default: runs/tables")
+    args = parser.parse_args(words)
+    args.tables = sorted(set(args.tables))
+    choices, rows = DATA[args.tables[0]], sum((list(ROWS[n].values()) for n in args.tables), [])
+    fits = [name for name in NAMES if any(name in detectors for detectors in rows)]
+    args.data, args.detectors = args.data or choices[0], args.detectors or fits
+    if "3" in args.tables[1:]:
+        raise UsageError("table 3 stands alone: its data and figures are others")
+    if args.data not in choices or not set(args.detectors) <= set(fits):
+        raise UsageError(f"table {args.tables[0]} has rows of {', '.join(fits)} on "
+                         f"{' and '.join(choices)}, nothing else")
+    if args.jobs < 1 or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise UsageError("--jobs must be at least 1, --seeds different and not negative")
+    return args
+
+
+def run(args, extra):
+    """Trains, collects, tells.  Returns the exit code."""
+    key, planned = " ".join(args.tables), plan(args, extra)
+    page = split_page(args.readme, key) if args.readme else None
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    failed = {} if args.collect else train_missing(planned, args.jobs)
+    ours, missing = collect(planned, failed)
+
+    # beside the table: how it was made, what the paper says of it
+    threads = {words for run in planned for _, words in runs.sittings(run.folder)}
+    spread = ": means, ± half the range" if len(args.seeds) > 1 else ""
+    told = [f"Trained on {args.data}, seeds {', '.join(map(str, args.seeds))}{spread}.  Gain: "
+            f"what NMS adds.  Minutes: of a run ({', '.join(sorted(threads)) or 'not known'})."]
+    if key == "3":
+        boxes = boxes_recall(args, planned[0].flags)
+        ours.update({(detector, BOXES): boxes for detector in args.detectors if boxes})
+        left = f"{boxes['recall'].mean:.2f}%" if boxes else "not known how much"
+        told.append(f"NMS at IoU 0.5 leaves of the annotation boxes {left}, in the paper "
+                    f"{claims.BOXES_RECALL}%: `python evaluate.py annotations --data {args.data}`.")
+    judged = claims.verdicts(args.tables, args.detectors, ours)
+    told += [line for _, line in judged]
+    told += [f"Missing: {', '.join(map(str, missing))}."] if missing else []
+
+    table = lines(args, extra, ours, claims.paper_table(key == "3"))
+    text = markdown(table) + "".join(f"\n* {line}" for line in told) + "\n"
+    name = f"{args.out}/table-{'-'.join(args.tables)}-{args.data}"
+    Path(f"{name}.md").write_text(text)
+    with open(f"{name}.csv", "w", newline="") as stream:
+        csv.writer(stream, lineterminator="\n").writerows(table)
+    print(f"{text}\nwrote {name}.md and .csv")
+    for folder, error in failed.items():
+        print(f"tables.py: {folder}: {error}", file=sys.stderr)
+    if page and not failed:
+        Path(args.readme).write_text(text.join(page))
+        print(f"rewrote table {key} in {args.readme}")
+    return 2 if failed else 0 if all(holds for holds, _ in judged) and not missing else 1
+
+
+def main():
+    words, extra = sys.argv[1:], []
+    if "--" in words:
+        words, extra = words[:words.index("--")], words[words.index("--") + 1:]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(run(read_command(words), extra))
+    except KeyboardInterrupt:
+        print("tables.py: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except (UsageError, RunError, annotations.DataError, OSError) as error:
+        print(f"tables.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
