@@ -4,7 +4,7 @@
     python tables.py 2 --seeds 0 1 2 --jobs 2           what the classification cost does
     python tables.py 1 2 --detectors fcos               the rows of both in one table
     python tables.py 3                                  crowds
-    python tables.py 2 --collect --readme README.md     only what is there, into a page
+    python tables.py 2 --collect --readme docs/results.md   only what is there, into a page
     python tables.py 2 -- --steps 400                   what stands after -- goes to every row
 
 A finished run is not trained again, and after Ctrl-C the same command goes on.  A run's folder, in
