@@ -1,4 +1,5 @@
 """Tables: means, spreads and verdicts that a person can count, and rows that really train."""
+import argparse
 import csv
 import json
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 import claims
+import evaluate
 import recipes
 import runs
+import scenes
 import tables
 import train
 from claims import CLS, E2E, LOC, O2M, QLOC
@@ -171,6 +174,18 @@ def test_one_to_many_beyond_the_ceiling_is_told(collected, tmp_path):
     crowd_rows(tmp_path, recall_many=98)
     code, verdicts, _, _ = collected(numbers=["3"], seeds=[0])
     assert code == 1 and len(said_of("Section 5.2 DOES NOT HOLD", verdicts)) == 1
+
+
+def test_the_annotation_boxes_are_put_through_nms_and_remembered(tmp_path, command):
+    """As `evaluate.py annotations` does; --collect reads what stands there."""
+    scenes.write_crowd(tmp_path / "crowd", counts={"train": 2, "val": 6})
+    flags = {"data": "crowd", "data_dir": str(tmp_path / "crowd"), "drop_bad_boxes": False}
+    args = argparse.Namespace(out=tmp_path, data="crowd", collect=False)
+    recall = tables.boxes_recall(args, flags)["recall"].mean
+    _, said, _ = command(evaluate, "annotations", "--data-dir", flags["data_dir"])
+    assert f"IoU 0.50 keeps {recall:6.2f}%" in said and 80 < recall < 100
+    args.collect = True
+    assert tables.boxes_recall(args, {})["recall"].mean == recall
 
 
 # ------------------------------------------------------------------------------------------------
