@@ -58,12 +58,17 @@ def match(prediction, targets, cost, assign):
         C[q, g] = cost(one, target)        Eq. 2 and 5
         P = {(q, g)} = assign(C)           Eq. 3
 
-    prediction: models.Prediction; layer 0 of the answer is its own, the others those of its aux
+    Eq. 3 has a threshold theta(g) on each object's costs; a strategy is any rule that could set it:
+    min_cost is theta just above the cheapest.
+
+    prediction: models.Prediction.  The first list of the answer is its own, the final layer's, the
+    others are those of the earlier layers in its aux
     cost(one, target): (Q, G), from the Prediction of one image and its target
     assign(cost): the strategy, called as it is written, once an image and layer
 
     Without gradient, in float32, the costs of one image in memory at a time.  Raises AssignError
-    with the image if a cost is NaN, or if a strategy fails or answers what it must not.
+    with the image if a cost is NaN, a strategy fails, or its answer is not two vectors of indices.
+    Whether a prediction appears twice is left to the contract test.
     """
     layers, nan, images = [], [], []
     with torch.autocast(prediction.logits.device.type, enabled=False):
@@ -159,6 +164,9 @@ def hungarian(cost):
     return torch.from_numpy(used[q[keep]]).long(), torch.from_numpy(g[keep]).long()
 
 
+hungarian.one_to_one = True          # what a strategy claims, the contract test checks
+
+
 def min_cost(cost):
     """One positive per object: its cheapest prediction, without asking the other objects.
 
@@ -172,6 +180,9 @@ def min_cost(cost):
     best, q = cost.min(dim=0)                                        # (G,)
     g = torch.arange(cost.shape[1], device=cost.device)
     return q[best < float("inf")], g[best < float("inf")]
+
+
+min_cost.shares_predictions = True   # two objects may have one prediction
 
 
 def one_to_many_iou(cost, positive=0.5, negative=0.4):
@@ -208,9 +219,6 @@ def top_k(cost, k=9):
     values, rows = cost.topk(min(k, cost.shape[0]), dim=0, largest=False)
     return one_to_many_points(wanted.scatter(0, rows, values))
 
-
-hungarian.one_to_one = True          # what a strategy claims, the contract test checks
-min_cost.shares_predictions = True
 
 ASSIGNERS = {"hungarian": hungarian, "min-cost": min_cost, "one-to-many-iou": one_to_many_iou,
              "one-to-many-points": one_to_many_points, "top-k": top_k}
@@ -249,19 +257,27 @@ def load_strategy(name):
 # ------------------------------------------------------------------------------------------------
 
 def predicted_location(one, target, lambda_l1=LAMBDA_L1, lambda_iou=LAMBDA_IOU):
-    """Between predicted box and object: what all end-to-end rows of Table 2 use (box_location)."""
+    """Between predicted box and object: what all end-to-end rows of Table 2 use (box_location).
+
+    No level rule here, for FCOS either: like the released code, only level_point_location has it.
+    """
     return box_location(one.boxes, target, lambda_l1, lambda_iou, one.centre_l1)
 
 
 def anchor_location(one, target, lambda_l1=LAMBDA_L1, lambda_iou=LAMBDA_IOU):
-    """Between pre-defined anchor box and object (RetinaNet; box_location)."""
+    """Between pre-defined anchor box and object (RetinaNet; box_location).
+
+    Eq. 4 in full, as released; Section 3.2 describes it as the anchor of largest IoU.
+    """
     return box_location(one.candidates, target, lambda_l1, lambda_iou)
 
 
 def point_location(one, target, lambda_l1=LAMBDA_L1, lambda_iou=0.0):
     """Between pre-defined point and object's centre (CenterNet).
 
-        C_loc = lambda_L1 C_L1                            Eq. 4 with lambda_iou = 0, as for points
+        C_loc = lambda_L1 C_L1                            Eq. 4: lambda_iou is 0 for points
+
+    lambda_iou: taken, so that all location costs have one signature, and not used
     """
     return lambda_l1 * centre_cost(one.candidates, target["boxes"], target["size"])
 
@@ -277,7 +293,8 @@ def matching_cost(one, target, location=predicted_location, class_cost=LAMBDA_CL
 
         C = lambda_cls C_cls + C_loc                                 Eq. 5
 
-    class_cost: lambda_cls; 0 is "location only" (Conclusion 3.1), where duplicates return.
+    class_cost: its lambda_cls (the loss has one of its own); 0 is "location only" (Conclusion 3.1),
+    where duplicates return.
     """
     C = location(one, target)
     if class_cost:

@@ -114,8 +114,9 @@ def row_name(run):
         rule = "one-to-many"
     else:
         rule = "one-to-one" if flags["assign"] == "hungarian" else flags["assign"]
-        rule += ", class cost, " if flags["class_cost"] else ", location only, "
-        rule += flags["location_cost"].replace("predefined", "pre-defined")
+        if "class_cost" in flags:                    # else the rule judges what it was made for
+            rule += ", class cost, " if flags["class_cost"] else ", location only, "
+            rule += flags["location_cost"].replace("predefined", "pre-defined")
     seed = f", seed {flags['seed']}" if flags["seed"] else ""
     return f"{flags['detector']}, {rule}{seed}"
 

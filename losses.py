@@ -91,12 +91,13 @@ def softmax_loss(logits, index, labels, matches, no_object=0.1):
 
 def set_loss(prediction, targets, matches, num_objects, micro_batches=1,
              lambda_cls=LAMBDA_CLS, lambda_l1=LAMBDA_L1, lambda_iou=LAMBDA_IOU):
-    """The paper's training loss, Eq. 1, with the three terms and weights of the matching cost.
+    """The paper's training loss: Eq. 1 with the three terms and weights of the matching cost.
 
         L = lambda_cls L_cls + lambda_L1 L_L1 + lambda_iou L_iou
 
-    Each decoder layer pays the full loss.  Sums are divided by the number of objects, but DETR's
-    softmax loss is a mean over the queries of the micro-batch.
+    Eq. 1 names no weights and no divisor; these are the released code's.  Each decoder layer pays
+    the full loss.  Sums are divided by the number of objects, but DETR's softmax loss is a mean
+    over the queries of the micro-batch.
     """
     terms = {"class": 0.0, "l1": 0.0, "giou": 0.0}
     scale = torch.stack([t["size"].flip(0).repeat(2) for t in targets])
@@ -257,6 +258,7 @@ class Row(NamedTuple):
     loss: Callable
 
 
+# the strategy of the one-to-one form is the default of --assign
 ROWS = {  # Table 1           cost                    strategy              loss
     "one-to-one":            (assign.matching_cost,   "hungarian",          set_loss),
     "retinanet one-to-many": (assign.anchor_iou_cost, "one-to-many-iou",    RetinaNetLoss()),
@@ -272,7 +274,7 @@ PREDEFINED = {"retinanet": assign.anchor_location,
 def row(flags):
     """The Row that flags ask for.  Raises AssignError if there is no such strategy.
 
-    flags: detector, assign, and but for one-to-many location_cost, class_cost and the lambdas.
+    flags: detector, assign, and those of location_cost, class_cost and the lambdas in force.
     """
     if flags["assign"] == "one-to-many":
         cost, strategy, loss = ROWS[f"{flags['detector']} one-to-many"]
@@ -281,14 +283,14 @@ def row(flags):
 
     cost, _, loss = ROWS["one-to-one"]
     lambdas = {name: flags[name] for name in ("lambda_l1", "lambda_iou")}
-    predefined = flags["location_cost"] == "predefined"
-    location = PREDEFINED[flags["detector"]] if predefined else assign.predicted_location
-    cost = functools.partial(cost, location=functools.partial(location, **lambdas),
-                             class_cost=flags["class_cost"])
-    # the one-to-many rules judge what they were made for, also when they train the one-to-one form
-    if flags["assign"] == "one-to-many-iou":
+    predefined = flags.get("location_cost") == "predefined"
+    if flags["assign"] == "one-to-many-iou":     # these two rules judge what they were made for
         cost = assign.anchor_iou_cost if predefined else assign.predicted_iou_cost
     elif flags["assign"] == "one-to-many-points":
         cost = assign.fcos_area_cost
+    else:
+        location = PREDEFINED[flags["detector"]] if predefined else assign.predicted_location
+        cost = functools.partial(cost, location=functools.partial(location, **lambdas),
+                                 class_cost=flags["class_cost"])
     loss = functools.partial(loss, lambda_cls=flags["lambda_cls"], **lambdas)
     return Row(cost, assign.load_strategy(flags["assign"]), loss)

@@ -434,7 +434,9 @@ class RetinaNet(Detector):
         nn.init.constant_(self.score.bias, PRIOR_BIAS)
 
     def anchors(self, x, stride, images):
-        """(9HW, 4): sides 4 * stride * 2^(0, 1/3, 2/3), outer; ratios h/w 0.5, 1, 2, inner.
+        """(9HW, 4): sides 4 * stride * 2^(n / scales), outer; ratios h/w 0.5, 1, 2, inner.
+
+        Nine a cell with the published three scales, three with one.
 
         Centred on (j * stride, i * stride), without half a cell's offset, as in detectron2.
         """
@@ -444,6 +446,7 @@ class RetinaNet(Detector):
         return torch.cat([centre - half, centre + half], -1).reshape(-1, 4)
 
     def centres(self, x, stride, images):
+        """(HW, 2).  variants.py overrides it, and needs the images."""
         return grid_points(x, stride, 0)
 
     def half_sizes(self, sides):
@@ -520,7 +523,10 @@ class FCOS(Detector):
 
 
 class OriginalFCOS(Detector):
-    """The authors' FCOS (AdelaiDet's form): centre-ness, biases in the towers, P6 from P5."""
+    """The authors' FCOS (AdelaiDet's form).
+
+    Four differences: centre-ness, biases in the towers, P6 from P5, and normal(0, 0.01) weights.
+    """
 
     def __init__(self, backbone, num_classes, width=256, depth=4, extra_levels=2, box_prior=0.0,
                  pixels="rgb"):
@@ -540,7 +546,7 @@ class OriginalFCOS(Detector):
         nn.init.constant_(self.ltrb.bias, box_prior)
 
     def points(self, x, stride, images):
-        """(HW, 2): the middles of the cells."""
+        """(HW, 2): the middles of the cells.  variants.py overrides it, and needs the images."""
         return grid_points(x, stride, stride // 2)
 
     def forward(self, images, mask):

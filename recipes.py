@@ -13,6 +13,7 @@ from pathlib import Path
 import checkpoints
 import data
 from assign import LAMBDA_CLS, LAMBDA_IOU, LAMBDA_L1
+from losses import ROWS
 
 
 class UsageError(ValueError):
@@ -30,7 +31,7 @@ DENSE = ("retinanet", "centernet", "fcos")
 
 EVERYWHERE = {
     "backbone_weights": "none", "resnet": "torchvision",
-    "assign": "hungarian", "location_cost": "predicted", "lambda_cls": LAMBDA_CLS,
+    "assign": ROWS["one-to-one"][1], "location_cost": "predicted", "lambda_cls": LAMBDA_CLS,
     "lambda_l1": LAMBDA_L1, "lambda_iou": LAMBDA_IOU,
     "flip": 0.5, "crop": 0.0, "square": 0, "colours": 0.0, "shift": 0, "round_down": False,
     "skip_empty": False, "drop_bad_boxes": False,
@@ -232,7 +233,8 @@ def add_paper_flags(g):
                    "--lambda-cls); 0 gives the 'location only' rows, where duplicates return")
     for name, default in (("cls", "2, DETR 1"), ("l1", "5"), ("iou", "2")):
         g.add_argument(f"--lambda-{name}", **X, help="weight of its term in the loss and in the "
-                       f"cost, Eq. 1, 4 and 5 (default: {default})")
+                       f"cost, Eq. 1, 4 and 5 (default: {default})"
+                       + ("; not in the cost of points" if name == "iou" else ""))
 
 
 def add_optimisation_flags(g):
@@ -383,6 +385,11 @@ def not_concerned(name, flags):
     if one_to_many and name in ("class_cost", "location_cost", "lambda_cls", "lambda_l1",
                                 "lambda_iou"):
         return "does not concern --assign one-to-many, the detector's original rule and losses"
+    rule = flags["assign"]
+    if (rule == "one-to-many-points" and name in ("class_cost", "location_cost")
+            or rule == "one-to-many-iou" and name == "class_cost"):
+        judged = "the area of boxes around points" if "points" in rule else "IoU alone"
+        return f"does not concern --assign {rule}, which judges {judged}"
     if name == "momentum" and flags["optimizer"] != "sgd":
         return f"does not concern --optimizer {flags['optimizer']}; it goes with sgd"
     if name in ("warmup_steps", "warmup_factor", "milestones") and flags["schedule"] != "step":
@@ -457,6 +464,9 @@ def check_flags(flags, world):
     if len(flags.get("neck_widths", [])) > 3:
         raise UsageError(f"--neck-widths {flags['neck_widths']}: at most three steps lead up from "
                          f"stride 32")
+    for name in ("class_cost", "lambda_cls", "lambda_l1", "lambda_iou"):
+        if not 0 <= flags.get(name, 0) < math.inf:
+            raise UsageError(f"{flag(name)} {flags[name]}: a weight must be a number of at least 0")
     if not flags["lr"] > 0 or not math.isfinite(flags["lr"]):
         raise UsageError(f"--lr {flags['lr']}: must be positive")
     if flags["batch_size"] % (world * flags["accumulate"]):
@@ -497,10 +507,14 @@ def headline(flags, num_pictures, num_classes):
         rule = "its original one-to-many assignment and losses"
     else:
         kinds = {"hungarian": "one-to-one", "min-cost": "minimum-cost"}
-        kind, weight = kinds.get(flags["assign"], flags["assign"]), flags["class_cost"]
+        weight = flags.get("class_cost", 0)
         cost = f"{weight:g} x classification cost + " if weight else "location cost only: "
-        location = flags["location_cost"].replace("predefined", "pre-defined")
-        rule = f"{kind} positive sample assignment, matching cost = {cost}{location} location cost"
+        location = flags.get("location_cost", "").replace("predefined", "pre-defined")
+        cost += f"{location} location cost"
+        if "class_cost" not in flags:
+            cost = f"IoU with {location} boxes" if location else "area around points"
+        rule = (f"{kinds.get(flags['assign'], flags['assign'])} positive sample assignment, "
+                f"matching cost = {cost}")
     return (f"{NAMES[flags['detector']]} ({flags['backbone']}) with {rule}; {flags['data']}, "
             f"{num_pictures} pictures, {num_classes} classes, {flags['steps']} steps")
 
@@ -509,5 +523,6 @@ def run_name(flags):
     """The folder of a run without --out, below runs/."""
     rule = flags["assign"].replace("/", "_").replace(":", "-")
     if rule != "one-to-many":
-        rule += f"-{flags['location_cost']}-class{flags['class_cost']:g}"
+        for name, value in (("location_cost", "-{}"), ("class_cost", "-class{:g}")):
+            rule += value.format(flags[name]) if name in flags else ""
     return f"{flags['data']}-{flags['detector']}-{rule}"

@@ -96,6 +96,8 @@ def test_bad_flags_are_told_by_name(tiny_scenes, tmp_path, fails):
     fails(flags(tiny_scenes, **out, detector="yolo"), "yolo")
     fails(flags(tiny_scenes, **out, **points), "one-to-many-points", "FCOS")
     fails(flags(tiny_scenes, **out, seed=-1), "--seed")
+    fails(flags(tiny_scenes, **out, **{"class-cost": "nan"}), "--class-cost nan", "weight")
+    fails(flags(tiny_scenes, **out, **{"lambda-l1": -1}), "--lambda-l1 -1", "weight")
     fails(flags(tiny_scenes, **out, detector="detr", layers=0), "--layers")
     fails(flags(tiny_scenes, **{**out, "width": 100}), "--width", "multiple")
     fails(flags(tiny_scenes, **out, detector="detr", assign="one-to-many"),
@@ -150,6 +152,10 @@ def test_an_option_goes_with_its_detectors_only(detector, name):
     (["--laterals"],
      "--laterals does not concern fcos; it goes with centernet --assign one-to-many"),
     (["--momentum", "0.5"], "--momentum does not concern --optimizer adamw"),
+    (["--assign", "one-to-many-iou", "--class-cost", "0"],
+     "--class-cost does not concern --assign one-to-many-iou"),
+    (["--assign", "one-to-many-points", "--location-cost", "predefined"],
+     "--location-cost does not concern --assign one-to-many-points"),
     (["--milestones", "5"], "--milestones does not concern --schedule one-cycle"),
     (["--warmup-steps", "5"], "--warmup-steps does not concern --schedule one-cycle"),
     (["--resnet", "msra"], "--resnet does not concern --backbone tiny"),
