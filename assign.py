@@ -18,7 +18,8 @@ whether it keeps the contract:
   appears at most once, unless the function says `my_function.shares_predictions = True`
   (`my_function.one_to_one = True` makes the test check that too); object IGNORE makes a prediction
   neither positive nor negative.  Predictions that do not appear are negative.  Leave cost as it is,
-  and do not depend on the order of its rows and columns.
+  and do not depend on the order of its rows and columns.  Training checks shapes, types and ranges;
+  the rest only the test does.
 """
 import importlib.util
 from pathlib import Path
@@ -58,8 +59,8 @@ def match(prediction, targets, cost, assign):
         C[q, g] = cost(one, target)        Eq. 2 and 5
         P = {(q, g)} = assign(C)           Eq. 3
 
-    Eq. 3 has a threshold theta(g) on each object's costs; a strategy is any rule that could set it:
-    min_cost is theta just above the cheapest.
+    Eq. 3 thresholds each object's costs by a theta(g).  min_cost is such a rule, theta just above
+    the cheapest; others, the Hungarian among them (Section 3.2), choose for all objects at once.
 
     prediction: models.Prediction.  The first list of the answer is its own, the final layer's, the
     others are those of the earlier layers in its aux
@@ -113,8 +114,9 @@ def ask(assign, cost, image):
 
     who, pair = f"image {image}: {name}", isinstance(answer, (tuple, list)) and len(answer) == 2
     if not pair or not all(torch.is_tensor(v) for v in answer):
+        parts = f" of {' and '.join(type(v).__name__ for v in answer)}" if pair else ""
         raise AssignError(f"{who} must return two tensors, prediction and object; it returned "
-                          f"{type(answer).__name__}")
+                          f"{type(answer).__name__}{parts}")
     q, g = answer
     if q.ndim != 1 or q.shape != g.shape:
         raise AssignError(f"{who} must return two vectors of one length; it returned shapes "
@@ -311,7 +313,7 @@ def classification_cost(logits, labels, alpha=0.25, gamma=2.0, eps=1e-8):
     logits: (Q, C)   labels: (G,)   returns (Q, G).
 
     It is the change in focal loss when q stops being background and becomes g's class: pay the
-    positive term, get the negative one back.  Without it duplicates return (Table 2).
+    positive term, get the negative one back.  Without C_cls duplicates return (Table 2).
     """
     p = logits.float()[:, labels].sigmoid()                          # (Q, G)
     as_object = alpha * (1 - p) ** gamma * -(p + eps).log()
@@ -353,8 +355,8 @@ def l1_cost(boxes, gt, size, centre=False):
 def giou_cost(boxes, gt):
     """Minus the generalised IoU: C_iou in Eq. 4 (the paper writes IoU, its code uses GIoU).
 
-    Two boxes without extent give 0/0; such a pair counts as far apart (-1) rather than NaN, while a
-    NaN among the coordinates stays NaN, for `match` to report.
+    Two boxes without extent give 0/0; such a pair counts as far apart (GIoU -1, so a cost of 1)
+    rather than NaN, while a NaN among the coordinates stays NaN, for `match` to report.
     """
     giou = generalized_box_iou(boxes, gt)
     numbers = ~(boxes.isnan().any(1)[:, None] | gt.isnan().any(1))

@@ -13,7 +13,7 @@ All losses have one signature and return a dict of weighted terms whose sum is t
     loss(prediction, targets, matches, num_objects, micro_batches=1)
 
 matches: as assign.match returns them, one list per layer
-num_objects: of the whole step, all processes together, divided by their number, at least 1
+num_objects: of the whole step, averaged over the processes, at least 1
 micro_batches: of the step; a term that is a mean over one of them is divided by their number
 
 All are float32, and finite, with finite gradients, for images without objects too.

@@ -10,7 +10,8 @@ One alphabet, for the whole repository: B images in the batch, L pyramid levels,
 one image (all levels joined; row by row within a level, anchors innermost), G ground-truth objects
 of one image, C classes, K matched pairs, HxW a feature map.  q and g are vectors of indices of
 predictions and objects.  Boxes are xyxy in pixels of the resized, un-padded image.  Classes are
-0 ... C-1, without a background column; DETR alone has one more, "no object".
+0 ... C-1, without a background column; DETR alone has one more, "no object".  The paper's i, j, N
+and K are our q, g, Q and C; its C with two indices is the matching cost.
 
 Images come in as uint8 RGB, padded at the right and at the bottom, with a mask that is true on
 padding.

@@ -303,7 +303,7 @@ def train(flags, checkpoint, given, process):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * lr_factor(step, flags)
 
-            # the step's micro-batches, and how many objects they hold over all processes
+            # the step's micro-batches, and their objects, averaged over the processes
             micro_batches = progress.fetch(batches, accumulate)
             count = sum(len(t["boxes"]) for _, _, targets in micro_batches for t in targets)
             count = losses.mean_over_processes(torch.tensor(float(count), device=device))
@@ -321,7 +321,7 @@ def train(flags, checkpoint, given, process):
                     prediction = network(images, mask)
 
                 with told_with_step(step, numbers):
-                    matches = match(prediction, targets, cost, strategy)   # <- the paper, Eq. 3, 5
+                    matches = match(prediction, targets, cost, strategy)   # <- the paper, Eq. 2-5
                 if n == 0 and numbers:                   # matching has just waited for the device
                     stop = numbers.read()["interrupted"] > 0
                 terms = loss(prediction, targets, matches, num_objects, accumulate)  # <- Eq. 1
