@@ -115,6 +115,8 @@ def test_boxes_are_cut_at_the_picture(folder):
 
 CORNERS = [st.floats(-50, 90, width=32)] * 2
 EXTENTS = [st.floats(0.125, 90, width=32)] * 2
+
+
 @settings(max_examples=40)
 @given(st.lists(st.tuples(*CORNERS, *EXTENTS), max_size=8))
 def test_every_box_is_kept_as_torchvision_clips_it_or_reported(folder, boxes):
@@ -225,7 +227,8 @@ def test_a_faulty_data_set_is_refused_in_one_sentence_with_file_image_and_annota
 
 
 def test_without_the_file_or_the_picture_folder_the_message_names_it(folder, tmp_path):
-    for file in (tmp_path / "none.json", tmp_path):                   # a folder is no file
+    # a folder is no file
+    for file in (tmp_path / "none.json", tmp_path):
         with pytest.raises(annotations.DataError, match=str(file)):
             annotations.read_annotations(file, folder / "pictures")
     with pytest.raises(annotations.DataError, match="nowhere"):
@@ -273,7 +276,8 @@ def test_whatever_stands_in_a_data_set_the_check_reports_it_and_does_not_fall_ov
     try:
         reported = annotations.check(json_file, images, out=io.StringIO())
     except annotations.DataError:
-        reported = 1                                                  # nothing in it can be read
+        # nothing in it can be read
+        reported = 1
     if not reported:
         a = annotations.read_annotations(json_file, images)
         assert a.boxes.isfinite().all() and (a.boxes[:, 2:] > a.boxes[:, :2]).all()
@@ -375,11 +379,15 @@ def test_sizes_are_read_once_and_kept_outside_the_data_folder(
     assert a.sizes.tolist() == [[30, 40]] * 2
 
 
-LINE_FAULTS = {"broken line": "{", "missing field": {"gtboxes": []}, "duplicate ID": GOOD[0],
-               "missing picture": {"ID": "c", "gtboxes": []},
-          "unknown tag": {"ID": "b", "gtboxes": [{**person(1, 1, 9, 9), "tag": "dog"}]},
-          "box is not four finite numbers": {"ID": "b", "gtboxes": [person(1, float("nan"), 9, 9)]},
-          "box without extent in the picture": {"ID": "b", "gtboxes": [person(200, 1, 9, 9)]}}
+LINE_FAULTS = {
+    "broken line": "{",
+    "missing field": {"gtboxes": []},
+    "duplicate ID": GOOD[0],
+    "missing picture": {"ID": "c", "gtboxes": []},
+    "unknown tag": {"ID": "b", "gtboxes": [{**person(1, 1, 9, 9), "tag": "dog"}]},
+    "box is not four finite numbers": {"ID": "b", "gtboxes": [person(1, float("nan"), 9, 9)]},
+    "box without extent in the picture": {"ID": "b", "gtboxes": [person(200, 1, 9, 9)]},
+}
 
 
 @pytest.mark.parametrize("kind", LINE_FAULTS)
@@ -427,7 +435,8 @@ def assert_halves(path, left, right, tolerance=0):
     ("I", 50 * 257, 200 * 257, "p.tif", ((50,) * 3, (200,) * 3)),
     ("CMYK", (0, 255, 255, 0), (255, 255, 0, 0), "p.tif", (RED, BLUE)),
     ("CMYK", (0, 255, 255, 0), (255, 255, 0, 0), "p.jpg", (RED, BLUE)),
-    ("YCbCr", (76, 85, 255), (29, 255, 107), "p.jpg", (RED, BLUE))])
+    ("YCbCr", (76, 85, 255), (29, 255, 107), "p.jpg", (RED, BLUE)),
+])
 def test_a_picture_of_any_mode_becomes_rgb_of_the_same_colours(
         tmp_path, mode, left, right, name, rgb):
     two_halves(mode, left, right).save(tmp_path / name)
@@ -456,8 +465,7 @@ def test_a_palette_is_looked_up_also_where_it_is_transparent(tmp_path, name, tra
 
 
 # Which visual corners (T, B: top, bottom; L, R: left, right) the stored corners TL, TR, BL, BR
-# are, from the EXIF
-# standard's "the 0th row is at the visual ..., the 0th column at the visual ..."
+# are, from the EXIF standard's "the 0th row is at the visual ..., the 0th column at the visual ..."
 EXIF = {1: "TL TR BL BR", 2: "TR TL BR BL", 3: "BR BL TR TL", 4: "BL BR TL TR",
         5: "TL BL TR BR", 6: "TR BR TL BL", 7: "BR TR BL TL", 8: "BL TL BR TR"}
 
@@ -502,7 +510,8 @@ def test_what_is_no_picture_is_refused(tmp_path):
 
 
 def test_a_picture_of_another_size_than_the_json_says_is_refused_when_it_is_loaded(folder):
-    content = changed("images", 1, height=30, width=40)               # b.png is 30 wide and 40 high
+    # b.png is 30 wide and 40 high
+    content = changed("images", 1, height=30, width=40)
     pictures = data.Pictures(annotations.read_annotations(*save(folder, content)), data.Transform())
     with pytest.raises(annotations.DataError, match="b.png .image 5.*is 30 x 40.*says 40 x 30"):
         pictures[0, 1]
@@ -562,7 +571,8 @@ def test_vocs_own_lists_of_one_class_are_read_too(voc, tmp_path):
     None, "", "<annotation>", "<annotation></annotation>",
     voc_xml("a", "<object><name>dog</name></object>"),
     voc_xml("a", voc_object("dog", ("five", 6, 25, 16))),
-    voc_xml("a", voc_object("dog", (5, 6, 25)))])
+    voc_xml("a", voc_object("dog", (5, 6, 25))),
+])
 def test_a_broken_voc_annotation_is_named(voc, tmp_path, xml):
     (voc / "Annotations" / "a.xml").unlink()
     if xml is not None:
@@ -602,23 +612,34 @@ def one_of_each_fault(folder):
     content = valid()
     content["categories"] += [{"name": "nameless"}, {"id": 3, "name": "again"}]
     content["images"] += [
-        {"file_name": "nothing.png", **size}, {"id": 5, "file_name": "twice.png", **size},
-        {"id": 11, "file_name": "../up.png", **size}, {"id": 12, "file_name": "/top.png", **size},
+        {"file_name": "nothing.png", **size},
+        {"id": 5, "file_name": "twice.png", **size},
+        {"id": 11, "file_name": "../up.png", **size},
+        {"id": 12, "file_name": "/top.png", **size},
         {"id": 13, "file_name": "a.png", "height": 0, "width": 40},
         {"id": 14, "file_name": "missing.png", **size},
         {"id": 15, "file_name": "small.png", "height": 300, "width": 400},
-        {"id": 16, "file_name": "cut.jpg", **size}]
+        {"id": 16, "file_name": "cut.jpg", **size},
+    ]
     content["annotations"] += [
-        "no object", {**box, "id": 1}, {**box, "id": 21, "image_id": 99},
+        "no object",
+        {**box, "id": 1},
+        {**box, "id": 21, "image_id": 99},
         {**box, "id": 22, "category_id": 77},
         {**box, "id": 23, "bbox": [1, 2, float("nan"), 4]},
         {**box, "id": 24, "bbox": [9, 9, -3, 4]},
-        {**box, "id": 25, "bbox": [50, 9, 3, 4]}, {**box, "id": 26, "bbox": [50, 9, 3, 4]}]
+        {**box, "id": 25, "bbox": [50, 9, 3, 4]},
+        {**box, "id": 26, "bbox": [50, 9, 3, 4]},
+    ]
     return save(folder, content), [
-        ("category without id", ["nameless"]), ("duplicate category id", ["category id 3"]),
-        ("image without id", ["nothing.png"]), ("duplicate image id", ["image id 5"]),
-        ("bad file name", ["image 11", "../up.png"]), ("bad file name", ["image 12", "/top.png"]),
-        ("bad image size", ["image 13"]), ("missing picture", ["image 14", "missing.png"]),
+        ("category without id", ["nameless"]),
+        ("duplicate category id", ["category id 3"]),
+        ("image without id", ["nothing.png"]),
+        ("duplicate image id", ["image id 5"]),
+        ("bad file name", ["image 11", "../up.png"]),
+        ("bad file name", ["image 12", "/top.png"]),
+        ("bad image size", ["image 13"]),
+        ("missing picture", ["image 14", "missing.png"]),
         ("picture size differs", ["image 15", "small.png", "40 x 30", "400 x 300"]),
         ("unreadable picture", ["image 16", "cut.jpg"]),
         ("broken annotation", ["annotation number 3"]),
@@ -628,7 +649,8 @@ def one_of_each_fault(folder):
         ("box is not four finite numbers", ["image 7", "annotation 23"]),
         ("box without extent", ["image 7", "annotation 24"]),
         ("box outside the picture", ["image 7", "annotation 25"]),
-        ("box outside the picture", ["image 7", "annotation 26"])]
+        ("box outside the picture", ["image 7", "annotation 26"]),
+    ]
 
 
 def test_the_check_reports_every_fault_in_one_pass_with_counts(folder):
