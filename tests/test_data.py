@@ -65,14 +65,14 @@ def test_files_alone_are_custom_data(given, chosen):
 
 
 @pytest.mark.parametrize("given, words", [
-    ({"data": "coco", "val_json": "v.json"}, "--val-json names a file of your own: it goes with "
-                                             "--data custom, not with coco"),
-    ({"data": "scenes", "train_images": "t"}, "--train-images names a file of your own: it goes "
-                                              "with --data custom, not with scenes"),
-    ({"data": "custom", "data_dir": "a"}, "--data-dir does not concern --data custom, whose files "
-                                          "are named one by one"),
-    ({"val_json": "v.json", "data_dir": "a"}, "--data-dir does not concern --data custom, whose "
-                                              "files are named one by one"),
+    ({"data": "coco", "val_json": "v.json"},
+     "--val-json names a file of your own: it goes with --data custom, not with coco"),
+    ({"data": "scenes", "train_images": "t"},
+     "--train-images names a file of your own: it goes with --data custom, not with scenes"),
+    ({"data": "custom", "data_dir": "a"},
+     "--data-dir does not concern --data custom, whose files are named one by one"),
+    ({"val_json": "v.json", "data_dir": "a"},
+     "--data-dir does not concern --data custom, whose files are named one by one"),
 ])
 def test_a_flag_of_another_data_set_is_refused_by_name(given, words):
     with pytest.raises(annotations.DataError) as refused:
@@ -95,7 +95,8 @@ def test_a_flag_of_another_data_set_is_refused_by_name(given, words):
     # too long: 333.25; DETR's longer side: 333 x 4
     ((100, 400), (800, 1333), (333, 1333), (333, 1332)),
     ((400, 100), (800, 1333), (1333, 333), (1332, 333)),
-    ((375, 500), (512, 853), (512, 683), (512, 682)),                 # CenterNet's, 682.67
+    # CenterNet's, 682.67
+    ((375, 500), (512, 853), (512, 683), (512, 682)),
     # too long: 384.52; DETR exceeds its own limit
     ((60, 208), (800, 1333), (385, 1333), (385, 1334)),
     ((128, 128), (128, 128), (128, 128), (128, 128)),
@@ -329,7 +330,8 @@ def test_boxes_are_clipped_and_emptied_boxes_marked():
 
 def test_a_crowd_region_is_no_target_but_is_kept_to_be_ignored(folder):
     a = annotations.read_annotations(*save(folder, valid()))
-    _, target = data.Pictures(a, data.Transform(shortest=(30,)))[0, 1]     # the second picture
+    # the second picture
+    _, target = data.Pictures(a, data.Transform(shortest=(30,)))[0, 1]
     assert target["boxes"].tolist() == [[1, 2, 11, 22]] and target["labels"].tolist() == [1]
     assert target["ignore"].tolist() == [[0, 0, 30, 40]] and target["image_id"] == 5
 
