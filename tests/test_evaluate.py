@@ -26,13 +26,13 @@ import models
 ROOT = Path(evaluate.__file__).parent
 
 
-def ground_truth(annotations, images=1, category_ids=(1,)):
-    """A COCO data set: `annotations` are (image_id, category_id, xywh), pictures count from 1."""
+def ground_truth(objects, images=1, category_ids=(1,)):
+    """A COCO data set: `objects` are (image_id, category_id, xywh), pictures count from 1."""
     pictures = [{"id": n + 1, "file_name": f"{n}.png", "height": 500, "width": 500}
                 for n in range(images)]
     boxes = [{"id": n + 1, "image_id": image, "category_id": category, "bbox": list(box),
               "iscrowd": 0, "area": box[2] * box[3]}
-             for n, (image, category, box) in enumerate(annotations)]
+             for n, (image, category, box) in enumerate(objects)]
     return {"images": pictures, "annotations": boxes,
             "categories": [{"id": c, "name": f"class {c}"} for c in category_ids]}
 
@@ -163,7 +163,9 @@ def test_annotation_ids_are_only_names(tmp_path, ids):
     """Ids from 0, of text, or none at all: what the reader accepts can be evaluated, and counts."""
     truth = ground_truth([(1, 1, (10, 10, 50, 50)), (1, 1, (200, 200, 50, 50))])
     for annotation, name in zip(truth["annotations"], ids):
-        annotation.pop("id") if name is None else annotation.update(id=name)
+        annotation["id"] = name
+        if name is None:
+            del annotation["id"]
     found = [detection((10, 10, 50, 50), 0.9), detection((200, 200, 50, 50), 0.8)]
     assert figures(tmp_path, truth, found)["AP"] == 100
 
@@ -418,7 +420,9 @@ FIELDS += [("dt", None, field) for field in ("image_id", "category_id", "bbox", 
 @example(("dt", None, "image_id"), [])
 def test_whatever_stands_in_a_field_there_are_figures_or_a_sentence(tmp_path_factory, place, value):
     truth, found = json.loads(json.dumps(TRUTH)), json.loads(json.dumps(FOUND))
-    (truth[place[1]] if place[0] == "gt" else found)[0][place[2]] = value
+    file, part, field = place
+    entries = truth[part] if file == "gt" else found
+    entries[0][field] = value
     try:
         ours = figures(tmp_path_factory.getbasetemp(), truth, found)
     except annotations.DataError:
