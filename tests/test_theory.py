@@ -1,0 +1,103 @@
+"""Section 4: its statements on random samples, hulls by linear programming, cases counted by hand."""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.optimize import linprog
+
+import theory
+
+ROOT = Path(theory.__file__).parent
+STEP = theory.STEP_SIZES["0.1"]
+
+
+def in_hull(points, i):
+    """Whether point i is a convex combination of the others."""
+    others = np.delete(points, i, axis=0)
+    equations = np.vstack([others.T, np.ones(len(others))])
+    found = linprog(np.zeros(len(others)), A_eq=equations, b_eq=np.append(points[i], 1))
+    return found.status == 0
+
+
+@pytest.mark.parametrize("d", [2, 4, 16])
+@pytest.mark.parametrize("seed", range(5))
+def test_samples_lie_in_the_unit_ball_and_the_two_fixed_positives_where_they_say(seed, d):
+    x, w, _ = theory.start(seed, 60, d)
+    assert (np.linalg.norm(x[:, :-1], axis=1) <= 1).all() and (x[:, -1] == 1).all()
+    assert in_hull(x[:, :-1], theory.middle(x, w))
+    assert not in_hull(x[:, :-1], theory.outermost(x, w))
+
+
+@pytest.mark.parametrize("d", [2, 4, 16])
+@pytest.mark.parametrize("seed", range(10))
+def test_proposition_4_2_holds_at_every_step_and_the_score_gap_is_twice_its_margin(seed, d):
+    x, w, rng = theory.start(seed, 60, d)
+    path = theory.perceptron(x, w, theory.highest, STEP, rng)
+    for w, i in zip(path.w, path.positive):
+        gamma, delta = theory.feasible(x, w)
+        y = -np.ones(60)
+        y[i] = 1
+        assert delta > 0
+        assert (y * (x[:, :-1] @ w[:-1] + gamma) >= delta - 1e-12).all()
+        scores = sorted(x @ w)
+        assert scores[-1] - scores[-2] == pytest.approx(2 * delta)
+
+
+@pytest.mark.parametrize("d", [2, 4, 16])
+def test_where_the_assumption_holds_w_w_star_grows_by_more_than_two_eta_delta(d):
+    held = 0
+    for seed in range(20):
+        x, w, rng = theory.start(seed, 60, d)
+        path = theory.perceptron(x, w, theory.highest, STEP, rng)
+        assert all(grew for assumed, grew in zip(path.assumed, path.grew) if assumed)
+        held += sum(path.assumed)
+    assert held > 20                                     # the line above was asked
+
+
+@pytest.mark.parametrize("d", [2, 4, 16])
+def test_labels_that_follow_the_score_end_with_exactly_one_positive_prediction(d):
+    for seed in range(20):
+        x, w, rng = theory.start(seed, 60, d)
+        path = theory.perceptron(x, w, theory.highest, theory.STEP_SIZES["0.1 / sqrt(t + 1)"], rng)
+        assert path.converged
+        assert (x @ path.w[-1] > 0).sum() == 1
+
+
+@pytest.mark.parametrize("d", [2, 4, 16])
+def test_a_positive_inside_the_hull_is_never_reached_and_a_corner_is(d):
+    for seed in range(5):
+        x, w, rng = theory.start(seed, 60, d)
+        assert not theory.perceptron(x, w, theory.middle, STEP, rng).converged
+        corner = theory.perceptron(x, w, theory.outermost, STEP, rng, most=20_000)
+        assert corner.converged
+        assert np.flatnonzero(x @ corner.w[-1] > 0).tolist() == [theory.outermost(x, w)]
+
+
+def test_three_samples_on_a_line_step_by_step():
+    """Scores -1, 0, 1 plus a bias of 0.5: sample 1 is wrongly positive.  One update of 0.5 adds
+    -0.5 [0, 1] and leaves -1, 0, 1: right, since 0 counts as negative."""
+    x = np.array([[-1.0, 1], [0, 1], [1, 1]])
+    path = theory.perceptron(x, np.array([1.0, 0.5]), theory.highest, lambda t: 0.5)
+    assert path.w.tolist() == [[1.0, 0.5], [1.0, 0.0]]
+    assert path.positive == [2, 2] and path.converged
+    assert theory.feasible(x, path.w[0]) == (-0.5, 0.5)
+    # gamma stays -0.5: 0.25 * 0 + 0.5 * -1 * (-0.5 + 1) + 0.5 * 0 = -0.25
+    value = theory.assumption(x[1], -1, 0.5, 0.5, -0.5, -0.5)
+    assert value == -0.25 and path.assumed == [False]
+
+
+def test_a_cycle_returns_to_its_classifier_and_the_assumption_fails_in_it():
+    seed, path, begins = theory.cycle()
+    np.testing.assert_allclose(path.w[begins], path.w[-1], atol=1e-9)
+    assert begins < len(path.w) - 1
+    assert not all(path.assumed[begins:len(path.w) - 1])
+
+
+def test_the_page_runs_and_draws(tmp_path):
+    words = [sys.executable, ROOT / "theory.py"]
+    run = subprocess.run([*words, "--seeds", "3"], capture_output=True, text=True, check=True)
+    assert run.stdout.count("3/3") >= 12 and run.stdout.count("0/3") == 6
+    subprocess.run([*words, "--picture", tmp_path / "theory.png"], check=True)
+    assert (tmp_path / "theory.png").stat().st_size > 10_000
