@@ -98,13 +98,13 @@ def crowd_truth(a):
     return pictures
 
 
-def crowd_metrics(pictures, detections, max_dets=500):
-    """AP50, mMR and recall (Table 3) and CrowdDet's JI, in percent.
+def crowd_metrics(pictures, detections, max_dets=500, jaccard=True):
+    """AP50, mMR and recall (Table 3) and CrowdDet's JI, in percent.  jaccard: False leaves JI out.
 
     pictures: {ID: (persons (G, 4), ignored (I, 4), height, width)}
     detections: {ID: (D, 5)}, xyxy and score; a picture without an entry is one without detections
     """
-    scores, hits, jaccard = [], [], []
+    scores, hits, indices = [], [], []
     total = 0
     for name, (persons, ignored, height, width) in pictures.items():
         total += len(persons)
@@ -119,20 +119,23 @@ def crowd_metrics(pictures, detections, max_dets=500):
         true_positive, counts = match_crowd(iou, over_ignored)
         scores.append(found[counts, 4])
         hits.append(true_positive[counts])
-        person_ignored = (overlaps(persons, ignored)[1] > 0.5).any(1)
-        jaccard.append(jaccard_index(iou, over_ignored, person_ignored, found[:, 4]))
+        if jaccard:
+            person_ignored = (overlaps(persons, ignored)[1] > 0.5).any(1)
+            indices.append(jaccard_index(iou, over_ignored, person_ignored, found[:, 4]))
 
     # one list over all pictures, best first
     scores, hits = np.concatenate(scores), np.concatenate(hits)
     hits = hits[(-scores).argsort(kind="stable")]
 
-    # JI: the best threshold's mean over pictures where there is something to compare
-    jaccard = np.array(jaccard)                              # (pictures, thresholds)
-    known = ~np.isnan(jaccard)
-    ji = (np.where(known, jaccard, 0).sum(0) / known.sum(0).clip(1)).max()
-
     ap, mmr, recall = curve(hits, total, len(pictures))
-    return {"AP50": ap, "mMR": mmr, "recall": recall, "JI": round(100 * float(ji), 4)}
+    figures = {"AP50": ap, "mMR": mmr, "recall": recall}
+    if jaccard:
+        # the best threshold's mean over pictures where there is something to compare
+        indices = np.array(indices)                          # (pictures, thresholds)
+        known = ~np.isnan(indices)
+        ji = (np.where(known, indices, 0).sum(0) / known.sum(0).clip(1)).max()
+        figures["JI"] = round(100 * float(ji), 4)
+    return figures
 
 
 def curve(hits, total, pictures):
@@ -200,8 +203,8 @@ def read_odgt_results(file):
     return found, sizes
 
 
-def score_odgt(gt_file, dt_file, max_dets, image_dir=None):
-    """CrowdHuman's figures of a result file.  Raises DataError.
+def read_case(gt_file, dt_file, image_dir=None):
+    """Pictures and detections of a pair of files, as crowd_metrics wants them.  Raises DataError.
 
     Sizes come from the ground truth's lines, the results' or the pictures.
     """
@@ -215,4 +218,9 @@ def score_odgt(gt_file, dt_file, max_dets, image_dir=None):
     for name in found:
         if name not in pictures:
             raise annotations.DataError(f"{dt_file}: ID {name!r} is not in {gt_file}")
-    return crowd_metrics(pictures, found, max_dets)
+    return pictures, found
+
+
+def score_odgt(gt_file, dt_file, max_dets, image_dir=None):
+    """CrowdHuman's figures of a result file.  Raises DataError."""
+    return crowd_metrics(*read_case(gt_file, dt_file, image_dir), max_dets)

@@ -2,6 +2,8 @@
 
     python evaluate.py --weights runs/fcos/last.pt      the checkpoint alone is enough
     python evaluate.py results --gt instances.json --dt detections.json     any detector's results
+    python evaluate.py nms --gt instances.json --dt detections.json     does it need NMS? (also of
+                                                        a checkpoint: nms --weights last.pt)
     python evaluate.py annotations --data crowd         what NMS costs the annotation boxes alone
 
 AP is pycocotools': box IoU 0.50 to 0.95, 101 recall points, the 100 best detections an image.
@@ -12,9 +14,11 @@ AP is pycocotools': box IoU 0.50 to 0.95, 101 recall points, the 100 best detect
 import argparse
 import contextlib
 import io
+import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
@@ -25,6 +29,8 @@ import annotations
 import checkpoints
 import crowd
 import data
+import duplicates
+import figures
 import models
 import runs
 
@@ -53,10 +59,11 @@ def coco_object(images, categories, boxes):
     return coco
 
 
-def coco_metrics(gt, detections, max_dets=100, image_ids=None):
+def coco_metrics(gt, detections, max_dets=100, image_ids=None, by_size=True):
     """AP, AP50, AP75, APs, APm, APl and AR in percent; -1 where there is nothing to measure.
 
     gt: pycocotools COCO   detections: dicts with image_id, category_id, bbox (xywh), score
+    by_size: False leaves APs, APm and APl out, which is three times faster
 
     The figures are read at `max_dets` themselves: the first summary line of pycocotools is
     hard-wired to 100 detections and says -1 for any other number.
@@ -69,17 +76,18 @@ def coco_metrics(gt, detections, max_dets=100, image_ids=None):
     run.params.maxDets = [max_dets]
     if image_ids is not None:
         run.params.imgIds = sorted(image_ids)
+    if not by_size:
+        run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], ["all"]
     quiet(run.evaluate)
     quiet(run.accumulate)
 
     precision = run.eval["precision"]            # (IoU, recall, class, area, 1)
     recall = run.eval["recall"]                  # (IoU, class, area, 1)
+    sizes = {"APs": 1, "APm": 2, "APl": 3} if by_size else {}
     return {"AP": percent(precision[:, :, :, 0]),
             "AP50": percent(precision[0, :, :, 0]),
             "AP75": percent(precision[5, :, :, 0]),
-            "APs": percent(precision[:, :, :, 1]),
-            "APm": percent(precision[:, :, :, 2]),
-            "APl": percent(precision[:, :, :, 3]),
+            **{name: percent(precision[:, :, :, n]) for name, n in sizes.items()},
             "AR": percent(recall[:, :, 0])}
 
 
@@ -154,35 +162,40 @@ def metrics(truth, results, max_dets=100, image_ids=None):
     On CrowdHuman's files they are AP50, mMR, recall and JI; COCO's figures then stand under "coco".
     """
     coco, pictures = truth
-    figures = {}
+    of_variant = {}
     for variant, found in results.items():
-        figures[variant] = coco_metrics(coco, found, max_dets, image_ids)
+        of_variant[variant] = coco_metrics(coco, found, max_dets, image_ids)
         if pictures is not None:
-            of_picture = {}
-            for d in found:
-                x, y, w, h = d["bbox"]
-                of_picture.setdefault(d["image_id"], []).append((x, y, x + w, y + h, d["score"]))
-            figures[variant] = {**crowd.crowd_metrics(pictures, of_picture, max_dets),
-                                "coco": figures[variant]}
-    return {**figures.pop("plain"), **figures}
+            of_variant[variant] = {
+                **crowd.crowd_metrics(pictures, crowd_lists(found), max_dets),
+                "coco": of_variant[variant]}
+    return {**of_variant.pop("plain"), **of_variant}
 
 
-def describe(figures):
+def crowd_lists(detections):
+    """COCO result dicts as crowd.py wants them: {ID: rows of xyxy and score}."""
+    of_picture = {}
+    for d in detections:
+        x, y, w, h = d["bbox"]
+        of_picture.setdefault(d["image_id"], []).append((x, y, x + w, y + h, d["score"]))
+    return of_picture
+
+
+def describe(found):
     """Figures without and with NMS, the two columns of the paper's tables, as text."""
-    nms = figures["nms"]
-    if "mMR" in figures:
-        return f"without NMS: {describe_crowd(figures)}\nwith NMS:    {describe_crowd(nms)}"
+    nms = found["nms"]
+    if "mMR" in found:
+        return f"without NMS: {describe_crowd(found)}\nwith NMS:    {describe_crowd(nms)}"
     text = []
     for name in ("AP", "AP50"):
-        gain = nms[name] - figures[name]
-        text.append(f"{name} {figures[name]:.1f}   {name}(+NMS) {nms[name]:.1f} ({gain:+.1f})")
+        gain = nms[name] - found[name]
+        text.append(f"{name} {found[name]:.1f}   {name}(+NMS) {nms[name]:.1f} ({gain:+.1f})")
     return "   ".join(text)
 
 
-def describe_crowd(figures):
-    return (f"AP50 {figures['AP50']:.1f}   mMR {figures['mMR']:.1f}   "
-            f"recall {figures['recall']:.1f}   JI {figures['JI']:.1f}   "
-            f"(COCO-style AP {figures['coco']['AP']:.1f})")
+def describe_crowd(found):
+    return (f"AP50 {found['AP50']:.1f}   mMR {found['mMR']:.1f}   recall {found['recall']:.1f}   "
+            f"JI {found['JI']:.1f}   (COCO-style AP {found['coco']['AP']:.1f})")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -205,8 +218,8 @@ def read_results(file):
     return found
 
 
-def score_file(gt_file, dt_file, max_dets):
-    """Figures of a result file against a COCO-format ground truth.  Raises DataError."""
+def read_case(gt_file, dt_file):
+    """Annotations and detections of a COCO-format pair of files.  Raises DataError."""
     truth, faults = annotations.parse_coco(gt_file, None)
     for fault in faults:
         if not fault.extent:                     # a box without extent does not count
@@ -221,7 +234,92 @@ def score_file(gt_file, dt_file, max_dets):
             raise annotations.DataError(
                 f"{dt_file}: detection number {n} is of category {d['category_id']!r}, which "
                 f"{gt_file} does not list; give the file's own category ids, not class indices")
+    return truth, found
+
+
+def score_file(gt_file, dt_file, max_dets):
+    """Figures of a result file against a COCO-format ground truth.  Raises DataError."""
+    truth, found = read_case(gt_file, dt_file)
     return coco_metrics(ground_truth(truth)[0], found, max_dets)
+
+
+# ------------------------------------------------------------------------------------------------
+# what NMS does to it
+# ------------------------------------------------------------------------------------------------
+
+def bar(sequence):
+    return tqdm(sequence, "does it need NMS?", leave=False, disable=None)
+
+
+def diagnose(truth, detections, max_dets, progress=iter):
+    """duplicates.diagnose of Annotations and COCO result dicts."""
+    of_image, pictures = {i: [] for i in truth.image_ids}, []
+    for d in detections:
+        of_image[d["image_id"]].append(d)
+    label_of = {category: label for label, category in enumerate(truth.category_ids)}
+    for i, image in enumerate(truth.image_ids):
+        rows = torch.arange(int(truth.first[i]), int(truth.first[i + 1]))
+        rows = rows[~truth.crowd[rows]]
+        found = of_image[image]
+        boxes = torch.tensor([d["bbox"] for d in found], dtype=torch.float64).view(-1, 4)
+        boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+        pictures.append(duplicates.Found(
+            boxes, torch.tensor([d["score"] for d in found], dtype=torch.float64),
+            torch.tensor([label_of[d["category_id"]] for d in found], dtype=torch.long),
+            truth.boxes[rows].double(), truth.labels[rows]))
+
+    coco, _ = ground_truth(truth)
+    in_order = [d for found in of_image.values() for d in found]
+
+    def measure(keep):
+        left = list(itertools.compress(in_order, torch.cat(keep).tolist()))
+        found = coco_metrics(coco, left, max_dets, truth.image_ids, by_size=False)
+        return {name: found[name] for name in ("AP", "AP50")}
+
+    return duplicates.diagnose(pictures, measure, progress)
+
+
+def diagnose_crowd(pictures, detections, max_dets, progress=iter):
+    """duplicates.diagnose on CrowdHuman's terms: what crowd.crowd_metrics compares."""
+    listed, cases = {}, []
+    for name, (persons, _, height, width) in pictures.items():
+        found = np.asarray(detections.get(name, ()), float).reshape(-1, 5)
+        listed[name] = found[(-found[:, 4]).argsort(kind="stable")][:max_dets]
+        boxes, objects = (torch.from_numpy(crowd.clip_crowd(b, height, width))
+                          for b in (listed[name][:, :4], persons.astype(float)))
+        cases.append(duplicates.Found(boxes, torch.from_numpy(listed[name][:, 4]),
+                                      torch.zeros(len(boxes), dtype=torch.long), objects,
+                                      torch.zeros(len(objects), dtype=torch.long)))
+
+    def measure(keep):
+        left = {name: listed[name][k.numpy()] for name, k in zip(listed, keep)}
+        return crowd.crowd_metrics(pictures, left, max_dets, jaccard=False)
+
+    return duplicates.diagnose(cases, measure, progress)
+
+
+def describe_diagnosis(found):
+    """The diagnosis as lines of text."""
+    names = [name for name in ("AP", "AP50", "mMR", "recall") if name in found]
+    rows = {"without NMS": found, **{f"NMS {at}": row for at, row in found["nms"].items()},
+            "no duplicates": found["oracle"]}
+    text = [f"{found['pictures']} pictures, {found['objects']} objects, {found['detections']} "
+            f"detections", " " * 14 + "".join(f"{name:>8}" for name in names)]
+    text += [f"{title:14}" + "".join(f"{row[name]:8.1f}" for name in names)
+             for title, row in rows.items()]
+    text.append("(no duplicates: an oracle leaves of each object its highest-scored detection)")
+    per_object = ", ".join(f"{value:.2f} above {score}" for score, value in
+                           found["duplicates per object"].items())
+    text.append(f"duplicates an object: {per_object}")
+    text.append(f"{found['found']} objects are found (class, IoU >= {duplicates.IOU}); NMS at 0.5 "
+                f"loses {found['lost to NMS at 0.5']} of them")
+    if found["found"]:
+        for name in ("first score", "second score", "score gap"):
+            low, middle, high = found[name]
+            text.append(f"{name + ':':14}{middle:.2f} (quartiles {low:.2f}, {high:.2f})")
+        text.append(f"score gap below {duplicates.SMALL_GAP}: {found['score gaps below 0.1']:.1f}% "
+                    f"of the objects found")
+    return "\n".join(text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -230,13 +328,13 @@ def score_file(gt_file, dt_file, max_dets):
 
 def run_results(args):
     if args.protocol == "crowdhuman":
-        figures = crowd.score_odgt(args.gt, args.dt, args.max_dets or 500, args.images)
+        found = crowd.score_odgt(args.gt, args.dt, args.max_dets or 500, args.images)
     else:
-        figures = score_file(args.gt, args.dt, args.max_dets or 100)
-    for name, value in figures.items():
+        found = score_file(args.gt, args.dt, args.max_dets or 100)
+    for name, value in found.items():
         print(f"{name:5} {value:6.2f}")
     if args.out:
-        runs.write_json(args.out, figures, indent=1)
+        runs.write_json(args.out, found, indent=1)
 
 
 def run_annotations(args):
@@ -253,7 +351,33 @@ def run_annotations(args):
         print(f"NMS at IoU {threshold:.2f} keeps {value:6.2f}% of the annotation boxes")
 
 
-def run_checkpoint(args):
+def run_nms(args):
+    folder = Path(args.out or Path(args.weights or args.dt).parent)
+    if args.weights:
+        results, truth, max_dets = checkpoint_results(args)
+        detections = results["plain"]
+        if truth.full_boxes is not None:
+            found = diagnose_crowd(crowd.crowd_truth(truth), crowd_lists(detections), max_dets, bar)
+        else:
+            found = diagnose(truth, detections, max_dets, bar)
+    elif args.protocol == "crowdhuman":
+        pictures, lists = crowd.read_case(args.gt, args.dt, args.images)
+        found = diagnose_crowd(pictures, lists, args.max_dets or 500, bar)
+    else:
+        found = diagnose(*read_case(args.gt, args.dt), args.max_dets or 100, bar)
+
+    name = "AP" if "AP" in found else "AP50"
+    found["verdict"] = duplicates.verdict(found, name)
+    print(f"{describe_diagnosis(found)}\n{found['verdict']}")
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.write_json(folder / "nms.json", found, indent=1)
+    title = figures.row_name(folder) if args.weights else Path(args.dt).name
+    figures.nms_curves({title: found}, folder / "nms.png")
+    print(f"wrote {folder / 'nms.json'} and {folder / 'nms.png'}")
+
+
+def checkpoint_results(args):
+    """What `detect` finds with a checkpoint, the Annotations it is judged by, and max_dets."""
     model, checkpoint = checkpoints.load(args.weights)
     trained = checkpoint["args"]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -277,12 +401,17 @@ def run_checkpoint(args):
     workers = trained.get("workers", 0) if args.workers is None else args.workers
     results = detect(model.to(device), pictures, args.batch_size, max_dets, device, precision,
                      workers)
-    figures = metrics(ground_truth(truth), results, max_dets, truth.image_ids)
-    print(describe(figures))
+    return results, truth, max_dets
+
+
+def run_checkpoint(args):
+    results, truth, max_dets = checkpoint_results(args)
+    found = metrics(ground_truth(truth), results, max_dets, truth.image_ids)
+    print(describe(found))
     if args.out:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        runs.write_json(out / "metrics.json", figures, indent=1)
+        runs.write_json(out / "metrics.json", found, indent=1)
         runs.write_json(out / "detections.json", results["plain"])
         runs.write_json(out / "detections_nms.json", results["nms"])
 
@@ -298,28 +427,46 @@ def make_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="results",
                                      help="score a result file instead (results --help)")
-    c = commands.add_parser("results", help="score the result file of any detector")
-    c.add_argument("--protocol", choices=("coco", "crowdhuman"), default="coco",
-                   help="whose figures (default: coco)")
-    c.add_argument("--gt", required=True, metavar="F",
-                   help="ground truth, COCO format (crowdhuman: .odgt)")
-    c.add_argument("--dt", required=True, metavar="F",
-                   help="detections, COCO result format (crowdhuman: lines {ID, dtboxes: [{box: "
-                        "[x, y, width, height], score}, ...]}, with or without the picture's "
-                        "height and width)")
-    c.add_argument("--images", metavar="DIR",
-                   help="crowdhuman: the pictures, for the sizes that neither file holds "
-                        "(CrowdHuman's own .odgt has none)")
+    c = commands.add_parser("results", argument_default=argparse.SUPPRESS,
+                            help="score the result file of any detector")
+    add_result_flags(c, required=True)
     c.add_argument("--out", metavar="F", help="also write the figures to this file")
     c.add_argument("--max-dets", type=int, metavar="N",
                    help="detections per image and class that count (default 100, crowdhuman 500)")
 
     # without SUPPRESS it would undo flags given before the command
+    c = commands.add_parser("nms", argument_default=argparse.SUPPRESS,
+                            help="does a detector need NMS?  AP by NMS threshold, duplicates, "
+                                 "score gaps (Section 3.4)")
+    add_result_flags(c.add_argument_group("of a result file, made without NMS"))
+    add_checkpoint_flags(c, "write nms.json and nms.png here (default: beside the weights or the "
+                            "result file)")
+
     c = commands.add_parser("annotations", argument_default=argparse.SUPPRESS,
                             help="the recall of the annotation boxes themselves after NMS "
                                  "(Section 5.2)")
     data.add_data_flags(c, train=False)
 
+    add_checkpoint_flags(parser, "write metrics.json, detections.json and detections_nms.json here")
+    parser.set_defaults(gt=None, dt=None, protocol="coco", images=None)
+    return parser
+
+
+def add_result_flags(g, required=False):
+    g.add_argument("--protocol", choices=("coco", "crowdhuman"),
+                   help="whose figures (default: coco)")
+    g.add_argument("--gt", required=required, metavar="F",
+                   help="ground truth, COCO format (crowdhuman: .odgt)")
+    g.add_argument("--dt", required=required, metavar="F",
+                   help="detections, COCO result format (crowdhuman: lines {ID, dtboxes: [{box: "
+                        "[x, y, width, height], score}, ...]}, with or without the picture's "
+                        "height and width)")
+    g.add_argument("--images", metavar="DIR",
+                   help="crowdhuman: the pictures, for the sizes that neither file holds "
+                        "(CrowdHuman's own .odgt has none)")
+
+
+def add_checkpoint_flags(parser, out):
     parser.add_argument("--weights", metavar="F", help="a checkpoint of train.py: last.pt")
     g = parser.add_argument_group("data (default: what the checkpoint was validated on)")
     data.add_data_flags(g, train=False)
@@ -333,9 +480,7 @@ def make_parser():
                    help="bf16 runs the network in bfloat16 (default: as it was trained)")
     g.add_argument("--workers", type=int, metavar="N",
                    help="processes that read pictures (default: as in training)")
-    g.add_argument("--out", metavar="DIR",
-                   help="write metrics.json, detections.json and detections_nms.json here")
-    return parser
+    g.add_argument("--out", metavar="DIR", help=out)
 
 
 def main():
@@ -346,6 +491,10 @@ def main():
             run_results(args)
         elif args.command == "annotations":
             run_annotations(args)
+        elif args.command == "nms":
+            if bool(args.weights) == bool(args.gt and args.dt):
+                parser.error("nms wants --weights last.pt, or --gt and --dt")
+            run_nms(args)
         elif args.weights:
             run_checkpoint(args)
         else:

@@ -1,6 +1,7 @@
 """Pictures to look at: what training sees, detections beside the ground truth, and learning curves.
 
     python figures.py curves RUN [RUN ...] --out curves.png    AP without and with NMS over training
+    python figures.py nms RUN [RUN ...] --out nms.png          AP by NMS threshold, the score gaps
 """
 import argparse
 import csv
@@ -148,6 +149,33 @@ def learning_curves(runs, file):
     plt.close(figure)
 
 
+def nms_curves(diagnoses, file):
+    """Left AP against the threshold of NMS; right the score gaps.  One colour a detector.
+
+    diagnoses: {name: what duplicates.diagnose says}
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for n, (title, found) in enumerate(diagnoses.items()):
+        name = "AP" if "AP" in found else "AP50"
+        at = [float(threshold) for threshold in found["nms"]]
+        left.plot(at, [figures[name] for figures in found["nms"].values()], f"C{n}o-", label=title)
+        left.axhline(found[name], color=f"C{n}", linestyle="--", label="    without NMS")
+        left.axhline(found["oracle"][name], color=f"C{n}", linestyle=":",
+                     label="    without NMS, duplicates removed by an oracle")
+        share = torch.tensor(found["score gaps"]) / max(found["found"], 1) * 100
+        right.stairs(share, torch.linspace(0, 1, len(share) + 1), color=f"C{n}", linewidth=2)
+    left.set(xlabel="IoU threshold of NMS", ylabel=f"{name} in percent", ylim=(0, None))
+    left.legend(fontsize=7)
+    right.set(xlabel="score gap: highest minus second-highest score of an object",
+              ylabel="objects that are found, percent", xlim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{found['pictures']} pictures, {found['objects']} objects", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,9 +184,17 @@ def main():
         "curves", help="AP over training, of one or more runs made with --eval-every")
     c.add_argument("runs", nargs="+", metavar="RUN", help="output folder of train.py")
     c.add_argument("--out", default="curves.png", metavar="PNG", help="the picture to write")
+    c = commands.add_parser("nms", help="AP against the threshold of NMS, and the score gaps")
+    c.add_argument("runs", nargs="+", metavar="RUN",
+                   help="output folder of train.py, after evaluate.py nms --weights RUN/last.pt")
+    c.add_argument("--out", default="nms.png", metavar="PNG", help="the picture to write")
     args = parser.parse_args()
     try:
-        learning_curves(args.runs, args.out)
+        if args.command == "curves":
+            learning_curves(args.runs, args.out)
+        else:
+            nms_curves({row_name(run): json.loads((Path(run) / "nms.json").read_text())
+                        for run in args.runs}, args.out)
         print(f"wrote {args.out}")
     except (OSError, KeyError, ValueError) as error:
         print(f"figures.py: {error}", file=sys.stderr)

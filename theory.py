@@ -108,7 +108,8 @@ def perceptron(x, w, label, step_size, rng=None, most=700):
     x: (n, d + 1)   label(x, w): the number of the positive sample   step_size(t): η of update t.
     The sample is drawn at random, or without `rng` the first is taken.
     """
-    ws, positive, assumed, grew = [w], [label(x, w)], [], []
+    ws, positive = [w], [label(x, w)]
+    assumed, grew = [], []
     gamma, delta = feasible(x, w)
     for t in range(most + 1):
         y = np.where(np.arange(len(x)) == positive[-1], 1, -1)
@@ -141,8 +142,8 @@ def survey(seeds=100, n=200):
     """Prints, by labels, dimensions and step size, how many runs converge and how fast."""
     print(f"{n} samples, {seeds} seeds, at most 700 updates")
     print("positive: the sample labelled so   predicted: how many samples are positive at the end "
-          "(median)\nassumed: share of updates at which the theorem's assumption held, and of these "
-          "the share at which wᵀw* grew by more than 2ηδ")
+          "(median)\nassumed: share of updates at which the theorem's assumption held; grew: of "
+          "these, the share at which wᵀw* grew by more than 2ηδ")
     print(f"{'positive':10} {'d':>3}  {'step size':18} {'converged':>9} {'updates':>14} "
           f"{'predicted':>10} {'assumed':>8} {'grew':>6}")
     for label in (highest, middle, outermost):

@@ -1,4 +1,4 @@
-"""Section 4: its statements on random samples, hulls by linear programming, cases counted by hand."""
+"""Section 4: its statements on random samples, hulls by linear programming, a case by hand."""
 import subprocess
 import sys
 from pathlib import Path
