@@ -79,7 +79,9 @@ def diagnose(pictures, measure, progress=iter):
     measure(keep): figures, {"AP": ...}, of what a list of (D,) bool leaves of each picture
     progress: what goes around the sequences that take long (tqdm)
     """
-    firsts, seconds, met, lost, beyond = [], [], [], 0, []
+    firsts, seconds = [], []
+    met, beyond = [], []                     # objects that are found; scores of the duplicates
+    lost = 0
     of = [belongs(p.boxes, p.labels, p.objects, p.classes) for p in progress(pictures)]
     rank = [ranks(p.scores, which) for p, which in zip(pictures, of)]
     for p, which, place in zip(pictures, of, rank):
@@ -101,7 +103,8 @@ def diagnose(pictures, measure, progress=iter):
                                        for score in SCORES},
              "first score": quartiles(first), "second score": quartiles(second),
              "score gap": quartiles(gap),
-             "score gaps below 0.1": round(100 * int((gap < SMALL_GAP).sum()) / max(len(gap), 1), 2),
+             "score gaps below 0.1": round(100 * int((gap < SMALL_GAP).sum())
+                                           / max(len(gap), 1), 2),
              "score gaps": torch.histc(gap.float(), 20, 0, 1).long().tolist()}
 
     # figures without NMS, with it, and with what an oracle leaves
@@ -127,5 +130,5 @@ def verdict(found, name="AP"):
     said += f" {gap}"
     if gains["0.5"] <= -NEEDS:
         said += f"; NMS at IoU 0.5 costs {-gains['0.5']:.1f} {name}"
-    return (f"{said}.  (It needs NMS where NMS at its best threshold adds {NEEDS:g} {name} or more; "
-            f"it is end-to-end where that is {FREE:g} or less.)")
+    return (f"{said}.  (It needs NMS where NMS at its best threshold adds {NEEDS:g} {name} or "
+            f"more; it is end-to-end where that is {FREE:g} or less.)")
