@@ -5,11 +5,13 @@ A checkpoint of train.py is a dict of plain values and tensors:
     build                              what `build` needs: the detector's name and its options
     model, optimizer, step             the weights, the optimiser's state, steps done
     buffers, random                    of each process: batch norm's statistics, generators' states
+    watch                              what positives.Watch remembers
     args                               every flag in force
     class_names, category_ids          the data set's classes, in the order of the scores
     test_transform                     how pictures were resized in evaluation
 """
 import os
+from pathlib import Path
 
 import torch
 import torchvision
@@ -177,6 +179,12 @@ def imagenet(backbone):
                               f"{backbone.name} on another machine and give its file") from None
 
 
+def backbone_file(weights):
+    """The file that --backbone-weights names; one that is not there may lie beside the code."""
+    beside = Path(__file__).parent / weights             # tiny.pt, whatever folder one works in
+    return beside if beside.is_file() and not Path(weights).is_file() else Path(weights)
+
+
 def load_backbone(backbone, weights):
     """Pre-trained weights into a backbone.  weights: "imagenet" (torchvision's, V1), or a file.
 
@@ -185,7 +193,7 @@ def load_backbone(backbone, weights):
     if weights == "imagenet":
         given = imagenet(backbone)
     else:
-        checkpoint = read(weights)
+        checkpoint = read(backbone_file(weights))
         given = tensors_of(checkpoint)
         build = checkpoint.get("build")
         described = build if isinstance(build, dict) else checkpoint      # convert.py's backbones

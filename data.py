@@ -13,6 +13,7 @@ pixels of the resized picture.  A picture without objects is an ordinary picture
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -204,6 +205,14 @@ def shift(picture, boxes, dx, dy):
     return picture, boxes + torch.tensor([dx, dy, dx, dy])
 
 
+class View(NamedTuple):
+    """A picture on its way into a batch."""
+    picture: Image.Image
+    boxes: torch.Tensor         # (G, 4)
+    kept: torch.Tensor          # (G,) bool, false where a step has left nothing of the box
+    frame: torch.Tensor         # (4,) where the original's left, top, right and bottom edge lie
+
+
 @dataclass
 class Transform:
     """What happens to a picture on its way into a batch.
@@ -228,39 +237,42 @@ class Transform:
     shift: int = 0
 
     def __call__(self, picture, boxes, rng):
-        """Boxes move with their pixels; after every step they are clipped.
+        """Boxes move with their pixels; after every step they are clipped.  Returns a View.
 
-        picture: PIL   boxes: (G, 4)   rng: numpy Generator.   Returns picture, boxes, and kept (G,)
-        bool, false where a step has left nothing of the box.
+        picture: PIL   boxes: (G, 4)   rng: numpy Generator
         """
         boxes, kept = clip(boxes, picture.width, picture.height)
+        # the last row is the frame, which moves along and is never clipped
+        rows = torch.cat([boxes, torch.tensor([[0.0, 0.0, picture.width, picture.height]])])
         if rng.random() < self.flip:
             picture = picture.transpose(Image.FLIP_LEFT_RIGHT)
-            boxes = torch.stack([picture.width - boxes[:, 2], boxes[:, 1],
-                                 picture.width - boxes[:, 0], boxes[:, 3]], 1)
+            rows = torch.stack([picture.width - rows[:, 2], rows[:, 1],
+                                picture.width - rows[:, 0], rows[:, 3]], 1)
+            rows[-1] = rows[-1, [2, 1, 0, 3]]            # its left edge now lies at the right
 
         if rng.random() < self.crop:
             shortest = int(rng.choice([400, 500, 600]))
-            picture, boxes = resize(picture, boxes, shortest, 10 ** 9, self.round_down)
+            picture, rows = resize(picture, rows, shortest, 10 ** 9, self.round_down)
             w, h = (int(rng.integers(min(side, 384), min(side, 600) + 1)) for side in picture.size)
             x = int(rng.integers(picture.width - w + 1))
             y = int(rng.integers(picture.height - h + 1))
             picture = picture.crop((x, y, x + w, y + h))
-            boxes, inside = clip(boxes - torch.tensor([x, y, x, y]), w, h)
+            rows = rows - torch.tensor([x, y, x, y])
+            rows[:-1], inside = clip(rows[:-1], w, h)
             kept = kept & inside
 
         if self.square:
-            picture, boxes = cut_square(picture, boxes, self.square, rng)
+            picture, rows = cut_square(picture, rows, self.square, rng)
         elif self.shortest:
             shortest = int(rng.choice(self.shortest))
-            picture, boxes = resize(picture, boxes, shortest, self.longest, self.round_down)
+            picture, rows = resize(picture, rows, shortest, self.longest, self.round_down)
         if self.colours:
             picture = vary_colours(picture, self.colours, 0.1, rng)
         if self.shift:
             dx, dy = rng.integers(-self.shift, self.shift + 1, 2).tolist()
-            picture, boxes = shift(picture, boxes, dx, dy)
-        boxes, inside = clip(boxes, picture.width, picture.height)
-        return picture, boxes, kept & inside
+            picture, rows = shift(picture, rows, dx, dy)
+        boxes, inside = clip(rows[:-1], picture.width, picture.height)
+        return View(picture, boxes, kept & inside, rows[-1])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -293,12 +305,14 @@ class Pictures(Dataset):
         a = self.annotations
         rows = slice(int(a.first[i]), int(a.first[i + 1]))
         rng = np.random.default_rng((self.seed, epoch, i))
-        picture, boxes, kept = self.transform(self.picture(i), a.boxes[rows], rng)
-        target = kept & ~a.crowd[rows]
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)     # (3, H, W)
-        return image, {"boxes": boxes[target], "labels": a.labels[rows][target],
+        view = self.transform(self.picture(i), a.boxes[rows], rng)
+        target = view.kept & ~a.crowd[rows]
+        image = torch.from_numpy(np.array(view.picture)).permute(2, 0, 1)        # (3, H, W)
+        return image, {"boxes": view.boxes[target], "labels": a.labels[rows][target],
                        "image_id": a.image_ids[i], "size": torch.tensor(image.shape[1:]),
-                       "original_size": a.sizes[i], "ignore": boxes[kept & a.crowd[rows]]}
+                       "original_size": a.sizes[i], "frame": view.frame,
+                       "objects": target.nonzero()[:, 0],        # numbers among the picture's boxes
+                       "ignore": view.boxes[view.kept & a.crowd[rows]]}
 
 
 def collate(samples, divisor=32):

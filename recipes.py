@@ -73,12 +73,14 @@ DEFORMABLE_DETR = {**DETR, "steps": 184_850, "batch_size": 32, "lr": 2e-4,
 # sparsercnn.res50.300pro.3x; the rest as OneNet, which descends from it
 SPARSE_RCNN = {"lr": 2.5e-5, "train_sizes": list(range(480, 801, 32)), "train_longest": 1333}
 
-# trained from scratch on two CPU cores in minutes; what the data sets below it add is theirs alone
+# trained on two CPU cores in minutes, from a backbone that can see (pretrain.py); what the data
+# sets below it add is theirs alone
 SMALL_QUERIES = {"width": 128, "layers": 3, "hidden": 256, "lr": 5e-4, "weight_decay": 0.1}
 SMALL = {
     "": {"backbone": "tiny", "width": 64, "depth": 3, "extra_levels": 0, "steps": 4500,
          "batch_size": 16, "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle",
-         "clip_grad": 1.0, "workers": 0, "precision": "auto"},
+         "clip_grad": 1.0, "workers": 0, "precision": "auto", "backbone_weights": "tiny.pt",
+         "shift": 12},
     "fcos": {"box_prior": 3.0},
     "retinanet": {"tower_norm": True, "delta_weights": [10.0, 10.0, 5.0, 5.0]},
     "centernet": {"deform": False, "box_prior": 1.5, "neck_widths": [128, 64]},
@@ -92,8 +94,8 @@ RECIPES = {
     # row's flags
     "scenes": {
         **SMALL,
-        "": {**SMALL[""], "train_sizes": [128], "train_longest": 128, "test_size": 128,
-             "test_longest": 128},
+        "": {**SMALL[""], "steps": 1400, "lr": 2e-3, "weight_decay": 0.1, "train_sizes": [128],
+             "train_longest": 128, "test_size": 128, "test_longest": 128},
         "retinanet": {**SMALL["retinanet"], "anchor_scales": 1},
         "centernet": {**SMALL["centernet"], "neck_widths": [128, 64, 64], "box_prior": 3.0,
                       "laterals": True, "steps": 5000, "weight_decay": 0.1},
@@ -438,6 +440,9 @@ def effective_flags(given):
                              f"--init {given['out']}/last.pt")
         flags.update({name: value for name, value in given.items() if name in FREE_ON_RESUME})
     flags.setdefault("class_cost", flags["lambda_cls"])
+    if flags["backbone"] != "tiny" and "backbone_weights" not in {**saved, **given}:
+        if flags["backbone_weights"] == "tiny.pt":       # another backbone's
+            flags["backbone_weights"] = "none"
 
     for name in given:
         why = not_concerned(name, flags)

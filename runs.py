@@ -150,8 +150,12 @@ class Log:
 
     def row(self, values):
         new = not self.file.exists() or self.file.stat().st_size == 0
+        columns = list(values)
+        if not new:                          # of an older version, the file may have fewer
+            with open(self.file) as stream:
+                columns = stream.readline().strip().split(",")
         with open(self.file, "a", newline="") as stream:
-            writer = csv.DictWriter(stream, values, lineterminator="\n")
+            writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
@@ -228,15 +232,22 @@ class Progress:
         yield
         self.since += time.perf_counter() - start
 
-    def row(self, done, values, lr):
-        """Logs step `done`.  values: the terms of the loss, and the norm of the gradient."""
+    def row(self, done, values, lr, positives=None):
+        """Logs step `done`.  values: the terms of the loss, and the norm of the gradient.
+
+        positives: further columns, of which the bar shows the score gap
+        """
+        positives = positives or {}
         terms = {name: value for name, value in values.items() if name != "gradient_norm"}
         steps, elapsed = done - self.logged, time.perf_counter() - self.since
         row = {"step": done, "loss": sum(terms.values()), **values, "lr": lr,
-               "images_per_second": steps * self.images / elapsed, "seconds_waiting": self.waited}
+               "images_per_second": steps * self.images / elapsed, "seconds_waiting": self.waited,
+               **positives}
         speed = f"{row['images_per_second']:.0f}"
         parts = ", ".join(f"{name} {value:.3f}" for name, value in terms.items())
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f} ({parts}), {speed} img/s, waited "
+        gap = positives.get("gap")
+        gap = "" if gap is None else f"score gap {gap:.2f}, "
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f} ({parts}), {gap}{speed} img/s, waited "
                                  f"{self.waited:.1f} s", refresh=False)
         if self.log is not None:
             self.log.row(row)

@@ -11,7 +11,8 @@ OUT/args.json.  A run leaves in OUT:
 
     args.json         every flag in force, versions
     training.png      some pictures as training sees them, with their target boxes
-    log.csv           a row per logging step: losses, learning rate, gradient norm, speed
+    log.csv           a row per logging step: losses, learning rate, gradient norm, speed, and what
+                      positives.py says of the positive samples
     eval.csv          a row per evaluation: AP, AP50 (crowds: AP50, mMR, ...) without and with NMS
     last.pt           the checkpoint: `--resume` goes on from it, `evaluate.py --weights` scores it
     detections.json   of the last evaluation, COCO result format (and detections_nms.json)
@@ -32,7 +33,6 @@ import torch.distributed as dist
 import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import annotations
 import checkpoints
@@ -43,6 +43,7 @@ import losses
 import recipes
 import runs
 from assign import AssignError, match
+from positives import Silhouettes, Watch
 from runs import Interrupted, TrainingStopped
 
 
@@ -185,7 +186,7 @@ def told_with_step(step, numbers):
 # what a run leaves
 # ------------------------------------------------------------------------------------------------
 
-def save(step, model, loss, optimizer, flags, classes, process):
+def save(step, model, loss, optimizer, flags, classes, watch, process):
     """The checkpoint, OUT/last.pt.  classes: the Annotations that name them."""
     buffers = {k: v.cpu() for k, v in model.named_buffers() if k in model.state_dict()}
     if hasattr(loss, "state_dict"):          # RetinaNet's keeps a moving average
@@ -198,6 +199,7 @@ def save(step, model, loss, optimizer, flags, classes, process):
             "optimizer": optimizer.state_dict(), "step": step, "args": flags,
             "build": recipes.build_arguments(flags, len(classes.class_names)),
             "buffers": [buffers for buffers, _ in shares], "random": [r for _, r in shares],
+            "watch": watch.state,
             "class_names": classes.class_names, "category_ids": classes.category_ids,
             "test_transform": test_transform(flags)}, Path(flags["out"]) / "last.pt")
 
@@ -247,7 +249,7 @@ def open_folder(flags, checkpoint, given, train_pictures, process):
     out.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "torchvision": torchvision.__version__}
-    weights = Path(flags["backbone_weights"])
+    weights = checkpoints.backbone_file(flags["backbone_weights"])
     if weights.is_file():
         versions["backbone_weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     runs.write_json(out / "args.json",
@@ -286,8 +288,10 @@ def train(flags, checkpoint, given, process):
         restore(checkpoint, model, loss, optimizer, process)
     network = distributed(model, process)
 
-    # Folder and batches:
+    # Folder, what is watched (Section 3.4), and batches:
     log, eval_log = open_folder(flags, checkpoint, given, train_pictures, process)
+    silhouettes = Silhouettes(classes.json_file) if flags["data"] == "scenes" else None
+    watch = Watch(silhouettes, checkpoint and checkpoint.get("watch"))
     first_step = checkpoint["step"] if checkpoint else 0
     batches = iter(data.loader(train_pictures, data.training_batches(
         classes, flags["batch_size"], flags["seed"], first_step, process.rank, process.world,
@@ -322,6 +326,7 @@ def train(flags, checkpoint, given, process):
 
                 with told_with_step(step, numbers):
                     matches = match(prediction, targets, cost, strategy)   # <- the paper, Eq. 2-5
+                watch.note(prediction, targets, matches[0])
                 if n == 0 and numbers:                   # matching has just waited for the device
                     stop = numbers.read()["interrupted"] > 0
                 terms = loss(prediction, targets, matches, num_objects, accumulate)  # <- Eq. 1
@@ -339,10 +344,11 @@ def train(flags, checkpoint, given, process):
             if done % flags["log_every"] == 0 or done == steps:
                 values = numbers.read()
                 values.pop("interrupted")
-                progress.row(done, values, flags["lr"] * lr_factor(step, flags))
+                progress.row(done, values, flags["lr"] * lr_factor(step, flags),
+                             watch.row(prediction, targets, matches[0]))
             if done % flags["checkpoint_every"] == 0 or done == steps or stop:
                 numbers.read()                           # what is not finite is not saved
-                save(done, model, loss, optimizer, flags, classes, process)
+                save(done, model, loss, optimizer, flags, classes, watch, process)
             if stop:
                 raise Interrupted(f"interrupted; step {done} is saved: go on with  python train.py "
                                   f"--resume --out {flags['out']}")

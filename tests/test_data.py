@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageColor
 from torchvision.transforms.functional import hflip
 
 import annotations
@@ -172,7 +172,7 @@ RECTANGLES = st.tuples(CORNERS, EXTENTS).map(
 def test_the_box_is_where_the_pixels_are_after_flip_crop_and_resize(box, seed, round_down):
     transform = data.Transform((320, 352, 384, 416, 448, 480), longest=640, flip=0.5, crop=1.0,
                                round_down=round_down)
-    picture, boxes, kept = transform(*rectangle(box), np.random.default_rng(seed))
+    picture, boxes, kept = transform(*rectangle(box), np.random.default_rng(seed))[:3]
     found = seen(picture)
     # less is too thin a sliver to be seen
     if kept[0] and min(boxes[0, 2:] - boxes[0, :2]) > 3:
@@ -186,7 +186,7 @@ def test_the_box_is_where_the_pixels_are_after_flip_crop_and_resize(box, seed, r
 def test_flipping_is_torchvisions_mirror_to_the_pixel(box, seed):
     picture, boxes = rectangle(box)
     transform = data.Transform(shortest=(480,), flip=1.0)
-    flipped, moved, kept = transform(picture, boxes, np.random.default_rng(seed))
+    flipped, moved, kept = transform(picture, boxes, np.random.default_rng(seed))[:3]
     assert flipped.tobytes() == hflip(picture).tobytes() and kept.all()
     assert seen(flipped) == moved[0].tolist()
 
@@ -197,7 +197,8 @@ def test_a_flip_and_a_crop_happen_as_often_as_they_are_asked_for():
     box = [40, 40, 120, 120]
     flips = crops = 0
     for seed in range(200):
-        picture, boxes, kept = transform(*rectangle(box, 640, 640), np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        picture, boxes, kept = transform(*rectangle(box, 640, 640), rng)[:3]
         sides = boxes[0, 2:] - boxes[0, :2]
         whole = picture.size == (48, 48) and kept[0] and np.allclose(sides, 6, atol=0.01)
         crops += not whole
@@ -219,7 +220,7 @@ def test_a_crop_is_384_to_600_pixels_of_a_picture_whose_shorter_side_is_400_500_
     widths, heights = [], []
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        picture, _, _ = transform(Image.fromarray(ramp), torch.zeros(0, 4), rng)
+        picture = transform(Image.fromarray(ramp), torch.zeros(0, 4), rng).picture
         red, green, _ = np.asarray(picture, float).transpose(2, 0, 1)
         widths.append(np.ptp(red) / 255)
         heights.append(np.ptp(green) / 255)
@@ -231,7 +232,7 @@ def test_a_crop_is_384_to_600_pixels_of_a_picture_whose_shorter_side_is_400_500_
 @given(RECTANGLES, st.integers(0, 999))
 def test_the_box_is_where_the_pixels_are_in_centernets_square(box, seed):
     transform = data.Transform(square=512, flip=0.5)
-    picture, boxes, kept = transform(*rectangle(box), np.random.default_rng(seed))
+    picture, boxes, kept = transform(*rectangle(box), np.random.default_rng(seed))[:3]
     assert picture.size == (512, 512)
     found = seen(picture)
     if kept[0] and min(boxes[0, 2:] - boxes[0, :2]) > 3:
@@ -247,7 +248,8 @@ def test_centernets_square_is_0p6_to_1p3_of_the_longer_side_around_a_point_128_p
     scales, centres = [], []
     for seed in range(300):
         picture, box = rectangle([288, 208, 352, 272])
-        _, boxes, kept = data.Transform(square=512)(picture, box, np.random.default_rng(seed))
+        view = data.Transform(square=512)(picture, box, np.random.default_rng(seed))
+        boxes, kept = view.boxes, view.kept
         if (boxes[0] > 0).all() and (boxes[0] < 512).all():
             scale = 64 / float(boxes[0, 2] - boxes[0, 0]) * 512 / 640
             scales.append(round(scale, 3))
@@ -270,7 +272,7 @@ def test_colours_vary_as_much_as_asked_and_only_the_colours():
     # the noise along the colour axes tints greys
     assert np.ptp(mean, 1).max() >= 1
     transform, rng = data.Transform(shortest=(), colours=0.4), np.random.default_rng(0)
-    picture, boxes, _ = transform(*rectangle([100, 100, 300, 200]), rng)
+    picture, boxes = transform(*rectangle([100, 100, 300, 200]), rng)[:2]
     assert picture.size == (640, 480) and boxes[0].tolist() == [100, 100, 300, 200]
 
 
@@ -280,7 +282,7 @@ def test_the_box_is_where_the_pixels_are_after_a_shift_to_the_pixel(box, seed):
     """Whole pixels move, so that box and pixels agree exactly where the rectangle stays inside."""
     before, was = rectangle(box)
     transform = data.Transform(shortest=(480,), shift=150)
-    picture, boxes, kept = transform(before, was, np.random.default_rng(seed))
+    picture, boxes, kept = transform(before, was, np.random.default_rng(seed))[:3]
     assert picture.size == before.size
     assert seen(picture) == (boxes[0].tolist() if kept[0] else None)
     untouched = (boxes[0] > 0).all() and (boxes[0, 2:] < torch.tensor([640, 480])).all()
@@ -292,7 +294,7 @@ def test_a_shift_is_as_far_as_asked_to_all_sides_and_one_colour_fills_its_gap():
     picture, boxes = rectangle([300, 200, 340, 240])
     transform, moves = data.Transform(shortest=(480,), shift=3), []
     for seed in range(200):
-        moved, there, _ = transform(picture, boxes, np.random.default_rng(seed))
+        moved, there = transform(picture, boxes, np.random.default_rng(seed))[:2]
         moves.append((there - boxes)[0, :2].int().tolist())
         dx, dy = moves[-1]
         inside = np.zeros((480, 640), bool)
@@ -315,10 +317,32 @@ def test_a_shift_changes_no_other_random_choice():
                    for dx in range(-5, 6) for dy in range(-5, 6))
 
 
+@pytest.mark.parametrize("square", [0, 512])
+def test_the_frame_says_where_every_point_of_the_original_went(square):
+    """Four pixels of one colour each, found again in the picture where the frame puts them."""
+    picture = Image.new("RGB", (640, 480), "black")
+    corners = [(150, 100), (450, 100), (150, 350), (450, 350)]
+    colours = ["red", "lime", "blue", "white"]
+    for at, colour in zip(corners, colours):
+        picture.paste(colour, (*at, at[0] + 40, at[1] + 40))
+    transform = data.Transform((480,), flip=0.5, crop=0.5, square=square, shift=30)
+    met = 0
+    for seed in range(20):
+        view = transform(picture, torch.zeros(0, 4), np.random.default_rng(seed))
+        x1, y1, x2, y2 = view.frame.tolist()
+        for (x, y), colour in zip(corners, colours):
+            at = round(x1 + (x + 20) / 640 * (x2 - x1)), round(y1 + (y + 20) / 480 * (y2 - y1))
+            if 0 <= at[0] < view.picture.width and 0 <= at[1] < view.picture.height:
+                assert view.picture.getpixel(at) == ImageColor.getrgb(colour)
+                met += 1
+    assert met > 40
+
+
 def test_boxes_are_clipped_and_emptied_boxes_marked():
     boxes = [[-10, 5, 20, 60], [90, 10, 130, 20], [100, 0, 120, 20], [5, 5, 9, 9], [30, -9, 40, 0]]
     transform, picture = data.Transform(shortest=(100,)), Image.new("RGB", (100, 50))
-    picture, moved, kept = transform(picture, torch.tensor(boxes).float(), np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    picture, moved, kept = transform(picture, torch.tensor(boxes).float(), rng)[:3]
     assert picture.size == (200, 100)
     assert kept.tolist() == [True, True, False, True, False]
     assert moved[kept].tolist() == [[0, 10, 40, 100], [180, 20, 200, 40], [10, 10, 18, 18]]

@@ -17,7 +17,7 @@ TARGETS = 3                 # names that one tuple gives values to
 
 # one concept a file; a file imports only from the floors below its own
 FLOORS = (
-    "assign models scenes annotations runs theory duplicates",
+    "assign models scenes annotations runs theory duplicates positives",
     "losses queries variants data",
     "checkpoints crowd",
     "figures recipes convert pretrain",

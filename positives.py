@@ -1,0 +1,147 @@
+"""Section 3.4 while a detector trains: where its positive samples lie, and how high they score.
+
+Five columns of log.csv, of the pictures of one micro-batch of process 0 (empty where a batch cannot
+tell):
+
+    gap         median score gap of the objects (Definition 3.3): the highest minus the second-
+                highest score of the object's class, among predictions with IoU > 0.5 with it
+    rank        median place of the positives among all predictions by the score of their object's
+                class: 1 is the highest (Figure 5: with classification cost it is, without not)
+    positives   positive samples an object
+    moved       percent of the objects that have another positive than when their picture was seen
+                last: the matching is not stable.  For one-to-one assignment.
+    background  percent of the positives whose grid point or anchor's centre lies on no creature
+                (Observation 3.5).  Where silhouettes are known: the embedded scenes.
+"""
+import json
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torchvision.ops import box_iou
+
+PICTURES = 1000                 # whose positives are remembered, for `moved`
+COLUMNS = "gap", "rank", "positives", "moved", "background"
+
+
+def class_scores(one):
+    """Scores of the classes, (Q, C), of the Prediction of one image."""
+    return one.logits.softmax(-1)[:, :-1] if one.softmax else one.logits.sigmoid()
+
+
+def score_gaps(one, target):
+    """The score gap of each object; NaN where no prediction overlaps it by more than 0.5.  (G,)
+
+    An object that a single prediction overlaps has 0 for the second score.
+    """
+    scores = class_scores(one)[:, target["labels"]]                      # (Q, G)
+    near = box_iou(one.boxes, target["boxes"]) > 0.5
+    top = scores.masked_fill(~near, 0).topk(2, dim=0).values             # (2, G)
+    return torch.where(near.any(0), top[0] - top[1], torch.nan)
+
+
+def ranks(one, target, match):
+    """The place of each positive among the scores of its object's class; 1 is the highest.  (K,)"""
+    scores = class_scores(one)[:, target["labels"][match.object]]        # (Q, K)
+    own = scores.gather(0, match.prediction[None])                       # (1, K)
+    return 1 + (scores > own).sum(0)
+
+
+def places(prediction, target, match):
+    """Where the positives lie: (K, 3), x, y and stride of their candidates in the original picture.
+
+    The query detectors have no candidates: the number of the query, and 0, 0.
+    """
+    if prediction.candidates is None:
+        query = match.prediction[:, None].float()
+        return torch.cat([query, torch.zeros(len(query), 2, device=query.device)], 1)
+    boxes = prediction.candidates[match.prediction]
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    edges, (height, width) = target["frame"], target["original_size"].tolist()
+    scale = torch.tensor([width, height], device=edges.device) / (edges[2:] - edges[:2])
+    # the frame of a mirrored picture runs from right to left, and scale[0] is negative
+    xy = (centres - edges[:2]) * scale
+    return torch.cat([xy, prediction.strides[match.prediction][:, None] * scale[1]], 1)
+
+
+class Silhouettes:
+    """What is on an object, by the polygons of a COCO file."""
+
+    def __init__(self, file):
+        self.polygons = {}
+        with open(file) as stream:
+            content = json.load(stream)
+        for box in content["annotations"]:
+            if isinstance(box.get("segmentation"), list):
+                self.polygons.setdefault(box["image_id"], []).extend(box["segmentation"])
+
+    def on_object(self, image, size, points):
+        """(K,) bool: whether points (K, 2), x and y in the original picture, lie on an object.
+
+        Their pixels are looked up; a point outside the picture lies on none.
+        """
+        height, width = size
+        mask = Image.new("1", (width, height))
+        for polygon in self.polygons.get(image, []):
+            ImageDraw.Draw(mask).polygon(polygon, fill=1)
+        x, y = np.floor(points.numpy()).astype(int).T
+        inside = (0 <= x) & (x < width) & (0 <= y) & (y < height)
+        pixels = np.asarray(mask)
+        return torch.from_numpy(inside & pixels[y.clip(0, height - 1), x.clip(0, width - 1)])
+
+
+class Watch:
+    """The columns of a run.  Remembers the positives of its first PICTURES pictures.
+
+    state: what `state` was in an earlier sitting of the run
+    """
+
+    def __init__(self, silhouettes=None, state=None):
+        self.silhouettes = silhouettes
+        # by image id and number of the object [x, y, stride]; and, since the last row, how many
+        # positives moved and how many were compared
+        self.state = state or {"seen": {}, "moved": 0, "compared": 0}
+
+    def note(self, prediction, targets, matches):
+        """To be called with every batch: its matches are compared with the last ones."""
+        for target, match in zip(targets, matches):
+            seen = self.state["seen"]
+            if target["image_id"] not in seen and len(seen) >= PICTURES:
+                continue
+            objects = target["objects"].tolist()
+            at = places(prediction, target, match).tolist()
+            now = {objects[g]: place for g, place in zip(match.object.tolist(), at)}
+            before = seen.get(target["image_id"], {})
+            for g in now.keys() & before.keys():
+                (x, y, stride), (was_x, was_y, was_stride) = now[g], before[g]
+                # a grid that moved with its picture has its points elsewhere; queries have none
+                reach = max(stride, was_stride)
+                self.state["moved"] += max(abs(x - was_x), abs(y - was_y)) > reach
+                self.state["compared"] += 1
+            seen[target["image_id"]] = {**before, **now}
+
+    @torch.no_grad()
+    def row(self, prediction, targets, matches):
+        """The columns, of this batch; `moved` of all batches since the last row."""
+        gaps, place, on_object = [], [], []
+        objects = sum(len(target["boxes"]) for target in targets)
+        for n, (target, match) in enumerate(zip(targets, matches)):
+            one = prediction.image(n)
+            if len(target["boxes"]):
+                gaps.append(score_gaps(one, target))
+                place.append(ranks(one, target, match))
+            if self.silhouettes and one.candidates is not None:
+                points = places(prediction, target, match)[:, :2].cpu()
+                size = target["original_size"].tolist()
+                on_object.append(self.silhouettes.on_object(target["image_id"], size, points))
+
+        values = {"gap": torch.cat(gaps).nanmedian().item() if gaps else None,
+                  "rank": torch.cat(place).float().median().item() if gaps else None,
+                  "positives": sum(map(len, place)) / objects if objects else None,
+                  "moved": None}
+        if self.state["compared"]:
+            values["moved"] = 100 * self.state["moved"] / self.state["compared"]
+        if sum(map(len, on_object)):
+            values["background"] = 100 * (1 - torch.cat(on_object).float().mean().item())
+        self.state.update(moved=0, compared=0)
+        return {name: values.get(name) for name in COLUMNS}
