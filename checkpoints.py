@@ -146,13 +146,16 @@ def tensors_of(checkpoint):
     return {k: v for k, v in given.items() if isinstance(k, str) and torch.is_tensor(v)}
 
 
-def load_weights(model, file):
+def load_weights(model, file, spared=()):
     """Weights that fit, by name and shape, from a checkpoint into a model; the rest is returned.
+
+    spared: names of the model's parts that get none
 
     Returns (missing, left over, of another shape): names of the model's own tensors that got
     nothing, and of the file's that were not used.
     """
     given, own = tensors_of(read(file)), model.state_dict()
+    given = {k: v for k, v in given.items() if k.split(".")[0] not in spared}
     shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
     fits = {k: given[k] for k in own if k in given and k not in shapes}
     if not fits:

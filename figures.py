@@ -1,21 +1,36 @@
-"""Pictures to look at: what training sees, detections beside the ground truth, and learning curves.
+"""Every picture: what a run leaves to look at, and the paper's Figures 4 to 6 from runs.
 
-    python figures.py curves RUN [RUN ...] --out curves.png    AP without and with NMS over training
-    python figures.py nms RUN [RUN ...] --out nms.png          AP by NMS threshold, the score gaps
+    python figures.py curves RUN [RUN ...]      AP, AP50, score gap, moving positives over training
+    python figures.py scores RUN RUN            Figures 4 and 5: the scores of the samples
+    python figures.py positives RUN RUN         Figure 6: where the positives lie
+    python figures.py match RUN --image ID      a cost matrix, and what each strategy chooses
+    python figures.py nms RUN [RUN ...]         AP by threshold of NMS, and the score gaps
+    python figures.py hero RUN RUN RUN          detections without NMS, side by side
+    python figures.py wander RUN RUN            positives over training, a GIF
+
+A RUN is a folder of train.py.
 """
 import argparse
 import csv
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")                        # files only, no window
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+import annotations
+import assign
+import checkpoints
+import data
+import losses
+import positives
 from scenes import contact_sheet
 
 COLOURS = ((230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
@@ -104,7 +119,7 @@ def detections_beside_truth(pictures, detections, file, count=12, threshold=0.3)
     contact_sheet(cells, columns=6).save(file)
 
 
-def row_name(run):
+def row_name(run, with_seed=True):
     """A run in the words of Tables 1 and 2, from its args.json; without one, the folder's name."""
     file = Path(run) / "args.json"
     if not file.exists():
@@ -118,35 +133,83 @@ def row_name(run):
         if "class_cost" in flags:                    # else the rule judges what it was made for
             rule += ", class cost, " if flags["class_cost"] else ", location only, "
             rule += flags["location_cost"].replace("predefined", "pre-defined")
-    seed = f", seed {flags['seed']}" if flags["seed"] else ""
+    seed = f", seed {flags['seed']}" if flags["seed"] and with_seed else ""
     return f"{flags['detector']}, {rule}{seed}"
 
 
+def column(rows, name):
+    """A column of a CSV file's rows as numbers; an empty field is NaN.  (rows,)"""
+    return np.array([float(row.get(name) or "nan") for row in rows])
+
+
 def learning_curves(runs, file):
-    """AP (crowds: AP50) without (full line) and with NMS (dashed) over training, one colour a run.
+    """Figures over training, of runs side by side; runs that differ in the seed alone are one line.
 
-    Reads each run's eval.csv and args.json.
+    Above AP and AP50 (crowds: AP50 and recall) without NMS (full lines) and with it (dashed), from
+    eval.csv; below the score gap and the share of positives that moved, from log.csv.  Lines are
+    means over the seeds, bands their range.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    for n, run in enumerate(runs):
-        with open(Path(run) / "eval.csv", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        name = "AP" if "AP" in rows[0] else "AP50"
-        step = [int(row["step"]) for row in rows]
-        plain = [float(row[name]) for row in rows]
-        with_nms = [float(row[f"{name}_nms"]) for row in rows]
-        axes.plot(step, plain, f"C{n}-", label=row_name(run))
-        axes.plot(step, with_nms, f"C{n}--", label="    the same with NMS")
-
-    # from 0, so that a gap looks as large as it is
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("training step")
-    axes.set_ylabel(f"{name} on the validation pictures")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    groups = {}
+    for run in runs:
+        name, seed = row_name(run, with_seed=False), row_name(run)
+        tables = [read_table(Path(run) / "eval.csv"), []]
+        if (Path(run) / "log.csv").exists():
+            tables[1] = read_table(Path(run) / "log.csv")
+        groups.setdefault(name if len(runs) > 1 else seed, []).append(tables)
+    crowds = "mMR" in groups[next(iter(groups))][0][0][0]
+    plots = [("AP50", "recall") if crowds else ("AP", "AP50"), ("gap", "moved")]
+    words = {"gap": "score gap, median of a batch", "moved": "positives that moved, percent"}
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8))
+    for above, (names, row) in enumerate(zip(plots, axes)):
+        for name, plot in zip(names, row):
+            for n, (title, seeds) in enumerate(groups.items()):
+                for end, style in (("", "-"), ("_nms", "--")) if above == 0 else (("", "-"),):
+                    lines = [(column(tables[above], "step"), column(tables[above], name + end))
+                             for tables in seeds]
+                    label = f"{title} ({len(seeds)} seeds)" if len(seeds) > 1 else title
+                    draw_band(plot, lines, f"C{n}{style}", "    with NMS" if end else label)
+            # from 0, so that a gap looks as large as it is
+            top = max((line.get_ydata().max() for line in plot.lines), default=1)
+            plot.set(xlabel="training step", ylabel=words.get(name, f"{name}, percent"),
+                     xlim=(0, None), ylim=(0, 1.1 * top or 1))
+            plot.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def read_table(file):
+    with open(file, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    if not rows:
+        raise ValueError(f"{file}: holds no row; the run was stopped before the first")
+    return rows
+
+
+def draw_band(plot, lines, style, label):
+    """The mean of lines (steps, values) and their range; runs of other steps line by line."""
+    if any(not np.array_equal(steps, lines[0][0]) for steps, _ in lines):
+        for n, line in enumerate(lines):
+            draw_band(plot, [line], style, None if n else label)
+        return
+    values = np.array([values for _, values in lines])
+    known = ~np.isnan(values).any(0)
+    steps, values = lines[0][0][known], smooth(values[:, known])
+    if not len(steps):
+        return
+    dot = {"marker": "o" if style[2:] == "-" else "_", "markersize": 12} if len(steps) == 1 else {}
+    plot.plot(steps, values.mean(0), style, linewidth=1.5, label=label, **dot)
+    if len(lines) > 1:
+        plot.fill_between(steps, values.min(0), values.max(0), color=style[:2], alpha=0.15)
+
+
+def smooth(values, window=5):
+    """Running mean along the last axis where there are many points; batches are noisy."""
+    if values.shape[-1] < 4 * window:
+        return values
+    padded = np.pad(values, ((0, 0), (window // 2, window // 2)), "edge")
+    return np.lib.stride_tricks.sliding_window_view(padded, window, axis=-1).mean(-1)
 
 
 def nms_curves(diagnoses, file):
@@ -176,25 +239,328 @@ def nms_curves(diagnoses, file):
     plt.close(figure)
 
 
+def nms_of_runs(runs, file):
+    nms_curves({row_name(run): json.loads((Path(run) / "nms.json").read_text()) for run in runs},
+               file)
+
+
+# ------------------------------------------------------------------------------------------------
+# the paper's figures, from runs
+# ------------------------------------------------------------------------------------------------
+
+class Trained(NamedTuple):
+    """A detector of a run, at one of its steps."""
+    title: str
+    step: int
+    model: torch.nn.Module
+    row: NamedTuple             # losses.Row
+    flags: dict
+    pictures: data.Pictures     # as in evaluation: not flipped, not moved
+
+
+def trained(run, split="val", file="last.pt"):
+    """What a checkpoint of a run holds, and the pictures it is shown.  Raises CheckpointError."""
+    model, checkpoint = checkpoints.load(Path(run) / file)
+    flags = checkpoint["args"]
+    known = annotations.read_annotations(*data.locate(flags, split), flags.get("drop_bad_boxes"))
+    pictures = data.Pictures(known, data.Transform(**checkpoint["test_transform"]))
+    title = row_name(run) if (Path(run) / "args.json").exists() else Path(run).name
+    return Trained(title, checkpoint["step"], model.eval(), losses.row(flags), flags, pictures)
+
+
+def stages(run, split="val"):
+    """The detector at the steps that --keep-checkpoints kept, or at its last."""
+    kept = sorted(Path(run).glob("step-*.pt")) or [Path(run) / "last.pt"]
+    return [trained(run, split, file.name) for file in kept]
+
+
+@torch.no_grad()
+def look(detector, i):
+    """The Prediction for a picture, its target, and the positives that its row would choose."""
+    images, mask, targets = data.collate([detector.pictures[0, i]])
+    prediction = detector.model(images, mask)
+    matches = assign.match(prediction, targets, detector.row.cost, detector.row.strategy)
+    return prediction.image(0), targets[0], matches[0][0]
+
+
+def index_of(pictures, image):
+    """The number of the picture with this id, as the command line gives it.  Raises ValueError."""
+    names = [str(name) for name in pictures.annotations.image_ids]
+    if str(image) not in names:
+        raise ValueError(f"image {image}: not among the pictures of "
+                         f"{pictures.annotations.json_file}")
+    return names.index(str(image))
+
+
+def with_objects(pictures, least, most=99):
+    """The numbers of the pictures with so many objects, crowd regions not counted."""
+    a = pictures.annotations
+    counts = [int((~a.crowd[a.first[i]:a.first[i + 1]]).sum()) for i in range(len(a))]
+    return [i for i, count in enumerate(counts) if least <= count <= most]
+
+
+def score_histograms(runs, file, image=None, count=200):
+    """Figure 4; Figure 5 for runs that kept checkpoints: a row of plots for each of their stages.
+
+    Left the scores of the samples of one picture for its object's class, the positives marked;
+    right the best scores of the samples of `count` validation pictures.  Scores are divided by the
+    highest of their plot and run, the count axis is cut at 10,000, as in the paper.
+    Returns lines of text with the figures behind it.
+    """
+    detectors = [stages(run) for run in runs]
+    if len({len(kept) for kept in detectors}) > 1:
+        raise ValueError("the runs did not keep the same number of checkpoints; give all of them "
+                         "the same --keep-checkpoints")
+    rows = list(zip(*detectors))
+    figure, axes = plt.subplots(len(rows), 2, figsize=(11, 3.2 * len(rows)), squeeze=False)
+    bins, told = np.linspace(0, 1, 51), []
+    for (left, right), row in zip(axes, rows):
+        for n, detector in enumerate(row):
+            pictures = detector.pictures
+            alone = with_objects(pictures, 1, 1) or with_objects(pictures, 1)
+            i = index_of(pictures, image) if image is not None else alone[0]
+            one, target, match = look(detector, i)
+            scores = positives.class_scores(one)[:, target["labels"][0]]
+            first, second = scores.topk(2).values.tolist()
+            label = f"{detector.title}, step {detector.step}"
+            left.hist((scores / first).numpy(), bins, color=f"C{n}", alpha=0.5, label=label)
+            for q in match.prediction[match.object == 0].tolist():
+                left.axvline(float(scores[q]) / first, color=f"C{n}", linestyle="--")
+            place = positives.ranks(one, target, match)[match.object == 0].float().median()
+
+            best = torch.cat([positives.class_scores(look(detector, i)[0]).amax(1)
+                              for i in range(min(count, len(pictures)))])
+            right.hist((best / best.max()).numpy(), bins, color=f"C{n}", alpha=0.5, label=label)
+            told.append(f"{label}: image {target['image_id']}: highest score {first:.3f}, second "
+                        f"{second:.3f}, gap {first - second:.3f}; the positive is number "
+                        f"{place:.0f}")
+        left.set(title=f"image {target['image_id']}; dashed: the positive", yscale="symlog",
+                 xlabel="score of the object's class / highest", ylabel="samples")
+        right.set(title=f"{min(count, len(pictures))} validation pictures", ylim=(0, 1e4),
+                  xlabel="score of the best class / highest", ylabel="samples, cut at 10,000")
+        left.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return told
+
+
+def ring(canvas, at, colour, radius=9):
+    pen = ImageDraw.Draw(canvas)
+    x, y = at
+    pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=3)
+    pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
+
+
+def positives_on_picture(detector, silhouettes, i, side=256):
+    """A training picture with its objects' boxes and positives; yellow: on the background.
+
+    Returns the picture, and which of the positives lie on an object (K,).
+    """
+    one, target, match = look(detector, i)
+    if one.candidates is None:
+        raise ValueError(f"{detector.title}: its object candidates are learned and lie nowhere; "
+                         f"Figure 6 is of RetinaNet, CenterNet and FCOS")
+    at = positives.places(one, target, match)[:, :2]
+    original = detector.pictures.picture(i)
+    on_object = torch.ones(len(at), dtype=torch.bool)
+    if silhouettes:
+        size = target["original_size"].tolist()
+        on_object = silhouettes.on_object(target["image_id"], size, at)
+    a = detector.pictures.annotations
+    boxes = a.boxes[a.first[i]:a.first[i + 1]]
+    canvas = draw_boxes(original, boxes.tolist(), [0] * len(boxes), [""], side=side)
+    scale = canvas.width / original.width
+    for point, good in zip((at * scale).tolist(), on_object.tolist()):
+        ring(canvas, point, "red" if good else "yellow")
+    return canvas, on_object
+
+
+def positive_samples(runs, file, image=None, count=6, counted=300):
+    """Figure 6: the positives on the same training pictures, one row of pictures a run.
+
+    Chosen are the first pictures in which the first run has a positive on the background.  Returns
+    lines of text: the share of positives on the background over `counted` training pictures.
+    """
+    detectors = [trained(run, "train") for run in runs]
+    pictures = detectors[0].pictures
+    file_of = pictures.annotations.json_file
+    silhouettes = positives.Silhouettes(file_of) if file_of.endswith(".json") else None
+    if silhouettes and not silhouettes.polygons:
+        silhouettes = None
+    some = with_objects(pictures, 1)[:counted]
+    drawn, told = [], []
+    for detector in detectors:
+        cells = [positives_on_picture(detector, silhouettes, i) for i in some]
+        on_object = torch.cat([on for _, on in cells])
+        share = 100 * (1 - float(on_object.float().mean()))
+        told.append(f"{detector.title}, step {detector.step}: {share:.1f}% of {len(on_object)} "
+                    f"positives in {len(some)} training pictures lie on the background"
+                    if silhouettes else f"{detector.title}: {pictures.annotations.json_file} "
+                    f"knows no silhouettes")
+        drawn.append(cells)
+
+    chosen = [n for n, (_, on) in enumerate(drawn[0]) if not on.all()] or list(range(len(some)))
+    chosen = [some.index(index_of(pictures, image))] if image is not None else chosen[:count]
+    rows = [[caption(cells[n][0], f"image {pictures.annotations.image_ids[some[n]]}")
+             for n in chosen] for cells in drawn]
+    sheets = []
+    for row, line in zip(rows, told):
+        sheet = contact_sheet(row, columns=len(row))
+        sheets.append(caption(sheet, line))
+    contact_sheet(sheets, columns=1).save(file)
+    return told
+
+
+def cost_and_choice(runs, file, image=None, shown=14):
+    """What the strategies see in one picture: the cost matrix, what each chooses, the score map."""
+    detector = trained(runs[0])
+    pictures = detector.pictures
+    i = index_of(pictures, image) if image is not None else with_objects(pictures, 2, 3)[0]
+    one, target, _ = look(detector, i)
+    if not len(target["boxes"]):
+        raise ValueError(f"image {target['image_id']}: holds no object")
+    cost = detector.row.cost(one, target)
+    chosen = {name: strategy(cost) for name, strategy in
+              (("hungarian", assign.hungarian), ("min-cost", assign.min_cost),
+               ("top-k (9)", assign.top_k))}
+    cheapest = [cost[:, g].argsort()[:shown] for g in range(cost.shape[1])]
+    rows = torch.stack(cheapest, 1).flatten().unique_consecutive().tolist()
+    rows = list(dict.fromkeys(rows))[:2 * shown]
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 5),
+                                                 gridspec_kw={"width_ratios": (1, 1.2, 1)})
+    picture = Image.fromarray(np.array(pictures.picture(i).resize(
+        target["size"].flip(0).tolist())))
+    for plot in (left, right):
+        plot.imshow(picture)
+        plot.set(xticks=[], yticks=[])
+        for g, (x1, y1, x2, y2) in enumerate(target["boxes"].tolist()):
+            plot.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=f"C{g}",
+                                         linewidth=2))
+            plot.text(x1, y1, f"object {g}", color="white", backgroundcolor=f"C{g}", fontsize=7)
+    # where the predictions lie: their candidates, or for the query detectors their boxes
+    boxes = one.boxes if one.candidates is None else one.candidates
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    image_of_cost = middle.imshow(cost[rows].numpy(), aspect="auto", cmap="viridis_r")
+    middle.set(xlabel="object", ylabel="prediction, the cheapest", xticks=range(cost.shape[1]),
+               yticks=range(len(rows)), title="matching cost; what each strategy chooses")
+    middle.set_yticklabels(rows, fontsize=6)
+    figure.colorbar(image_of_cost, ax=middle)
+    for (name, (predictions, objects)), marker in zip(chosen.items(), ("ro", "rx", "r+")):
+        style = {"fillstyle": "none", "markersize": 11} if marker == "ro" else {"markersize": 6}
+        pairs = [(g, rows.index(q)) for q, g in zip(predictions.tolist(), objects.tolist())
+                 if q in rows]
+        middle.plot(*zip(*pairs), marker, label=name, **style)
+        left.plot(*centres[predictions].T.numpy(), marker, label=name, **style)
+    left.legend(fontsize=7)
+    left.set_title("where the chosen predictions lie", fontsize=9)
+
+    scores = positives.class_scores(one)[:, target["labels"][0]]
+    if one.strides is None:
+        heat = right.scatter(*centres.T.numpy(), c=scores.numpy(), cmap="hot")
+    else:                                                # the finest level, the best anchor a point
+        stride = int(one.strides.min())
+        height, width = (-(-side // stride) for side in target["size"].tolist())
+        fine = one.strides == stride
+        x, y = (centres[fine] / stride).long().T
+        grid = torch.zeros(int(y.max()) + 1, int(x.max()) + 1)
+        grid.view(-1).scatter_reduce_(0, y * grid.shape[1] + x, scores[fine], "amax")
+        edges = 0, width * stride, height * stride, 0
+        heat = right.imshow(grid[:height, :width].numpy(), extent=edges, cmap="hot", alpha=0.65)
+    figure.colorbar(heat, ax=right)
+    where = "" if one.strides is None else f" at the points of stride {stride}"
+    right.set_title(f"score of object 0's class{where}", fontsize=9)
+    figure.suptitle(f"{detector.title}, step {detector.step}, image {target['image_id']}",
+                    fontsize=10)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def hero(runs, file, image=None, count=4, threshold=0.3):
+    """The same validation pictures, a row a run, all without NMS: many, some, one box an object."""
+    sheets = []
+    for run in runs:
+        flags = json.loads((Path(run) / "args.json").read_text())
+        known = annotations.read_annotations(*data.locate(flags, "val"),
+                                             flags.get("drop_bad_boxes"))
+        pictures = data.Pictures(known, data.Transform())
+        several = with_objects(pictures, 3, 5)
+        some = [index_of(pictures, image)] if image is not None else several[:count]
+        label_of = {category: label for label, category in enumerate(known.category_ids)}
+        of_image = {}
+        for d in json.loads((Path(run) / "detections.json").read_text()):
+            if d["score"] >= threshold:
+                of_image.setdefault(d["image_id"], []).append(d)
+        cells = []
+        for i in some:
+            found = of_image.get(known.image_ids[i], [])
+            boxes = [(x, y, x + w, y + h) for x, y, w, h in (d["bbox"] for d in found)]
+            labels = [label_of[d["category_id"]] for d in found]
+            cells.append(draw_boxes(pictures.picture(i), boxes, labels, [""] * len(label_of),
+                                    side=256))
+        line = f"{row_name(run)}: without NMS, score >= {threshold}"
+        sheets.append(caption(contact_sheet(cells, columns=len(cells)), line))
+    contact_sheet(sheets, columns=1).save(file)
+
+
+def wandering(runs, file, image=None, count=3):
+    """The positives of a few training pictures over the kept checkpoints, as a GIF."""
+    detectors = [stages(run, "train") for run in runs]
+    pictures = detectors[0][0].pictures
+    some = with_objects(pictures, 2, 3)[:count]
+    if image is not None:
+        some = [index_of(pictures, image)]
+    frames = []
+    for row in zip(*detectors):
+        sheets = []
+        for detector in row:
+            cells = [positives_on_picture(detector, None, i, side=192)[0] for i in some]
+            sheets.append(caption(contact_sheet(cells, columns=len(cells)),
+                                  f"{detector.title}, step {detector.step}"))
+        frames.append(contact_sheet(sheets, columns=1).quantize(48))
+    if len(frames) < 2:
+        raise ValueError("an animation needs runs that were trained with --keep-checkpoints")
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=400, loop=0)
+
+
+# ------------------------------------------------------------------------------------------------
+# the command line
+# ------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "curves": (learning_curves, "AP, score gap and moving positives over training; seeds together"),
+    "scores": (score_histograms, "Figures 4 and 5: the scores of the samples"),
+    "positives": (positive_samples, "Figure 6: the positives on training pictures"),
+    "match": (cost_and_choice, "one picture: its cost matrix, what strategies choose, the scores"),
+    "nms": (nms_of_runs, "AP against the threshold of NMS, and the score gaps"),
+    "hero": (hero, "detections of several runs side by side, without NMS"),
+    "wander": (wandering, "GIF of positives over training (runs with --keep-checkpoints)"),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    c = commands.add_parser(
-        "curves", help="AP over training, of one or more runs made with --eval-every")
-    c.add_argument("runs", nargs="+", metavar="RUN", help="output folder of train.py")
-    c.add_argument("--out", default="curves.png", metavar="PNG", help="the picture to write")
-    c = commands.add_parser("nms", help="AP against the threshold of NMS, and the score gaps")
-    c.add_argument("runs", nargs="+", metavar="RUN",
-                   help="output folder of train.py, after evaluate.py nms --weights RUN/last.pt")
-    c.add_argument("--out", default="nms.png", metavar="PNG", help="the picture to write")
+    for name, (_, words) in COMMANDS.items():
+        end = "gif" if name == "wander" else "png"
+        c = commands.add_parser(name, help=words, description=words)
+        c.add_argument("runs", nargs=1 if name == "match" else "+", metavar="RUN",
+                       help="output folder of train.py" + "; first: evaluate.py nms --weights "
+                       "RUN/last.pt" * (name == "nms"))
+        c.add_argument("--out", default=f"{name}.{end}", metavar="FILE",
+                       help="the picture to write")
+        if name not in ("curves", "nms"):
+            c.add_argument("--image", metavar="ID", help="a picture of your choice")
     args = parser.parse_args()
     try:
-        if args.command == "curves":
-            learning_curves(args.runs, args.out)
-        else:
-            nms_curves({row_name(run): json.loads((Path(run) / "nms.json").read_text())
-                        for run in args.runs}, args.out)
+        draw, choice = COMMANDS[args.command][0], {}
+        if getattr(args, "image", None) is not None:
+            choice["image"] = args.image
+        for line in draw(args.runs, args.out, **choice) or []:
+            print(line)
         print(f"wrote {args.out}")
     except (OSError, KeyError, ValueError) as error:
         print(f"figures.py: {error}", file=sys.stderr)

@@ -360,10 +360,11 @@ class Detector(nn.Module):
     pixels: what the backbone's weights were trained on, a key of PIXELS.
     """
     slow_parameters = ()                     # parts of names; their learning rate is a tenth
+    class_branch = ()                        # modules that only the scores of classes go through
 
     def __init__(self, backbone, pixels="rgb"):
         super().__init__()
-        self.backbone, self.pixels = backbone, pixels
+        self.backbone, self.pixels, self.frozen = backbone, pixels, False
         mean, std = PIXELS[pixels]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -373,6 +374,24 @@ class Detector(nn.Module):
         x = (images.float() - self.mean) / self.std                   # (B, 3, H, W)
         x = x.masked_fill(mask[:, None], 0).contiguous(memory_format=torch.channels_last)
         return self.backbone(x, **options)
+
+    def freeze_location(self):
+        """Observation 4.1: only the classification sub-net learns from now on.
+
+        All else keeps its weights and the statistics of its norms: the boxes stay what they are.
+        """
+        self.frozen = True
+        for name, part in self.named_children():
+            part.requires_grad_(name in self.class_branch)
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for name, part in self.named_children() if self.frozen else ():
+            part.train(mode and name in self.class_branch)
+        return self
 
     def detections(self, one, k=100, nms=0.5):
         """The k best (prediction, class) pairs of one image's Prediction, without and with NMS.
@@ -417,6 +436,7 @@ class RetinaNet(Detector):
     delta_weights: divide what the head says before it is a delta (Fast R-CNN: 10 10 5 5)
     """
     init, tower_bias, extra_from = staticmethod(nn.init.xavier_uniform_), False, "c5"
+    class_branch = "class_tower", "score"
 
     def __init__(self, backbone, num_classes, width=256, depth=4, extra_levels=2, anchor_scales=3,
                  tower_norm=False, delta_weights=(1.0, 1.0, 1.0, 1.0), pixels="rgb"):
@@ -491,6 +511,8 @@ class FCOS(Detector):
     start behind their ReLU)
     """
 
+    class_branch = "class_tower", "score"
+
     def __init__(self, backbone, num_classes, width=256, depth=4, extra_levels=2, box_prior=0.0,
                  pixels="rgb"):
         super().__init__(backbone, pixels)
@@ -528,6 +550,8 @@ class OriginalFCOS(Detector):
 
     Four differences: centre-ness, biases in the towers, P6 from P5, and normal(0, 0.01) weights.
     """
+
+    class_branch = "class_tower", "score"
 
     def __init__(self, backbone, num_classes, width=256, depth=4, extra_levels=2, box_prior=0.0,
                  pixels="rgb"):

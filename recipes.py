@@ -37,8 +37,8 @@ EVERYWHERE = {
     "skip_empty": False, "drop_bad_boxes": False,
     "accumulate": 1, "backbone_lr_factor": 1.0, "weight_decay": 1e-4, "momentum": 0.9,
     "warmup_steps": 0, "warmup_factor": 0.01, "milestones": [], "clip_grad": 0.0,
-    "seed": 0, "precision": "fp32", "eval_every": 0, "max_dets": 100, "log_every": 20,
-    "checkpoint_every": 500,
+    "freeze": "nothing", "seed": 0, "precision": "fp32", "eval_every": 0, "max_dets": 100,
+    "log_every": 20, "checkpoint_every": 500, "keep_checkpoints": [],
 }
 
 # OneNet's released configurations (projects/OneNet/configs), "3x"; CenterNet's differences below
@@ -343,6 +343,9 @@ def add_run_flags(g):
                    help="go on from OUT/last.pt, exactly; flags not given are taken from it")
     g.add_argument("--init", metavar="FILE",
                    help="start from these weights only; what did not fit is listed")
+    g.add_argument("--freeze", choices=("nothing", "location"), help="location: RetinaNet and FCOS "
+                   "from --init keep all but their classification sub-net, which starts anew and "
+                   "learns alone (Observation 4.1)")
     g.add_argument("--seed", **N, help="of weights, order and augmentation (default 0)")
     g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     g.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="bf16 runs the network in "
@@ -355,6 +358,9 @@ def add_run_flags(g):
     g.add_argument("--log-every", **N, help="steps between rows of log.csv (default 20)")
     g.add_argument("--checkpoint-every", **N, help="steps between checkpoints (default 500; coco: "
                    "2500)")
+    g.add_argument("--keep-checkpoints", type=float, nargs="+", metavar="X",
+                   help="keep OUT/step-N.pt at these shares of the steps: 0.1 0.5 1 are Figure 5's "
+                   "early, middle and late (figures.py scores, wander)")
 
 
 def names_of(add_flags):
@@ -365,7 +371,8 @@ def names_of(add_flags):
 
 
 OPTIONS = names_of(add_detector_flags)
-FREE_ON_RESUME = {"out", "resume", "init", "device", "workers", "log_every", "checkpoint_every"}
+FREE_ON_RESUME = {"out", "resume", "init", "device", "workers", "log_every", "checkpoint_every",
+                  "keep_checkpoints"}
 
 
 def flag(name):
@@ -396,6 +403,9 @@ def not_concerned(name, flags):
         return f"does not concern --optimizer {flags['optimizer']}; it goes with sgd"
     if name in ("warmup_steps", "warmup_factor", "milestones") and flags["schedule"] != "step":
         return f"does not concern --schedule {flags['schedule']}; it goes with step"
+    if name == "freeze" and not checkpoints.detector_class(detector, one_to_many).class_branch:
+        return (f"does not concern {detector}; it goes with retinanet and fcos, which have a "
+                f"sub-net for the classes")
     if name == "resnet" and flags["backbone"] == "tiny":
         return "does not concern --backbone tiny; it goes with the ResNets"
     return ""
@@ -466,6 +476,11 @@ def check_flags(flags, world):
     for name in NOT_NEGATIVE:
         if flags.get(name, 0) < 0:
             raise UsageError(f"{flag(name)} {flags[name]}: must not be negative")
+    if not all(0 < share <= 1 for share in flags.get("keep_checkpoints", [])):
+        raise UsageError(f"--keep-checkpoints {flags['keep_checkpoints']}: shares of the steps, "
+                         f"above 0 and up to 1")
+    if flags.get("freeze") == "location" and not flags.get("init"):
+        raise UsageError("--freeze location wants --init, a detector whose boxes are to stay")
     if len(flags.get("neck_widths", [])) > 3:
         raise UsageError(f"--neck-widths {flags['neck_widths']}: at most three steps lead up from "
                          f"stride 32")

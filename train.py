@@ -24,6 +24,7 @@ import hashlib
 import math
 import platform
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -87,15 +88,18 @@ def build_model(flags, checkpoint, classes, process):
                                               f"{checkpoint['class_names']}, not those of the data")
         model = checkpoints.build(**checkpoint["build"])
         model.load_state_dict(checkpoint["model"])
-        return model
-    model = checkpoints.build(**recipes.build_arguments(flags, len(classes.class_names)))
-    if flags["backbone_weights"] != "none":
-        checkpoints.load_backbone(model.backbone, flags["backbone_weights"])
-    if flags.get("init"):
-        fates = checkpoints.load_weights(model, flags["init"])
-        for fate, names in zip(("got no weights", "left over", "of another shape"), fates):
-            if names:
-                process.say(f"--init {flags['init']}: {len(names)} {fate}: {', '.join(names)}")
+    else:
+        model = checkpoints.build(**recipes.build_arguments(flags, len(classes.class_names)))
+        if flags["backbone_weights"] != "none":
+            checkpoints.load_backbone(model.backbone, flags["backbone_weights"])
+        if flags.get("init"):
+            spared = model.class_branch if flags.get("freeze") == "location" else ()
+            fates = checkpoints.load_weights(model, flags["init"], spared)
+            for fate, names in zip(("got no weights", "left over", "of another shape"), fates):
+                if names:
+                    process.say(f"--init {flags['init']}: {len(names)} {fate}: {', '.join(names)}")
+    if flags.get("freeze") == "location":
+        model.freeze_location()
     return model
 
 
@@ -202,6 +206,19 @@ def save(step, model, loss, optimizer, flags, classes, watch, process):
             "watch": watch.state,
             "class_names": classes.class_names, "category_ids": classes.category_ids,
             "test_transform": test_transform(flags)}, Path(flags["out"]) / "last.pt")
+        if step in kept_steps(flags):
+            shutil.copy(Path(flags["out"]) / "last.pt", Path(flags["out"]) / f"step-{step:06d}.pt")
+
+
+def kept_steps(flags):
+    """The steps whose checkpoints stay."""
+    return {max(1, round(share * flags["steps"])) for share in flags["keep_checkpoints"]}
+
+
+def is_due(step, flags):
+    """Whether a checkpoint is written after a step."""
+    return (step % flags["checkpoint_every"] == 0 or step == flags["steps"]
+            or step in kept_steps(flags))
 
 
 def restore(checkpoint, model, loss, optimizer, process):
@@ -346,7 +363,7 @@ def train(flags, checkpoint, given, process):
                 values.pop("interrupted")
                 progress.row(done, values, flags["lr"] * lr_factor(step, flags),
                              watch.row(prediction, targets, matches[0]))
-            if done % flags["checkpoint_every"] == 0 or done == steps or stop:
+            if is_due(done, flags) or stop:
                 numbers.read()                           # what is not finite is not saved
                 save(done, model, loss, optimizer, flags, classes, watch, process)
             if stop:

@@ -443,3 +443,62 @@ def test_a_checkpoint_cut_in_half_or_of_another_detector_is_refused(tiny_scenes,
     fails(flags(tiny_scenes, out=tmp_path / "c", init=tmp_path / "b" / "last.pt"), "last.pt")
     foreign = {"backbone": "resnet18", "backbone-weights": tmp_path / "a" / "last.pt"}
     fails(flags(tiny_scenes, out=tmp_path / "c", **foreign), "backbone")
+
+
+# ------------------------------------------------------------------------------------------------
+# what is kept and what is frozen
+# ------------------------------------------------------------------------------------------------
+
+def test_checkpoints_are_kept_at_the_shares_that_were_asked_for(tiny_scenes, tmp_path):
+    out = tmp_path / "run"
+    train.main(flags(tiny_scenes, out=out, **{"checkpoint-every": 100})
+               + ["--keep-checkpoints", "0.01", "0.5", "1"])
+    kept = sorted(out.glob("step-*.pt"))
+    assert [file.name for file in kept] == ["step-000001.pt", "step-000004.pt", "step-000008.pt"]
+    assert [torch.load(file, weights_only=True)["step"] for file in kept] == [1, 4, 8]
+    assert same(torch.load(kept[-1], weights_only=True)["model"], weights(out)["model"])
+
+
+@pytest.mark.parametrize("detector", ["fcos", "retinanet"])
+@pytest.mark.parametrize("rule", [[], ["--class-cost", "0", "--location-cost", "predefined"],
+                                  ["--assign", "top-k"]])
+def test_with_location_frozen_only_the_classification_sub_net_learns(
+        tiny_scenes, tmp_path, detector, rule):
+    """Weights and batch norm's statistics of all else stay, through an evaluation and a resume."""
+    train.main(flags(tiny_scenes, out=tmp_path / "a", detector=detector, steps=2))
+    frozen = {"detector": detector, "steps": 4, "init": tmp_path / "a" / "last.pt",
+              "freeze": "location", "eval-every": 1, "checkpoint-every": 1}
+    train.main(flags(tiny_scenes, out=tmp_path / "b", **frozen) + rule)
+    before, after = (weights(tmp_path / name)["model"] for name in "ab")
+    for name, value in after.items():
+        of_classes = name.split(".")[0] in ("class_tower", "score")
+        if not of_classes:
+            assert torch.equal(value, before[name]), name
+    # it started anew: the bias of the score is near its prior again
+    assert not torch.equal(after["score.weight"], before["score.weight"])
+
+    one = train.checkpoints.load(tmp_path / "b" / "last.pt")[1]
+    assert {len(part) for part in one["optimizer"]["state"].values()} == {3}     # AdamW's
+    own = train.checkpoints.build(**one["build"])
+    count = sum(name.split(".")[0] in ("class_tower", "score")
+                for name, _ in own.named_parameters())
+    assert len(one["optimizer"]["state"]) == count
+
+
+def test_freezing_wants_a_start_and_a_sub_net(tiny_scenes, tmp_path, fails):
+    fails(flags(tiny_scenes, out=tmp_path / "a", freeze="location"), "--freeze location", "--init")
+    fails(flags(tiny_scenes, out=tmp_path / "a", detector="centernet", freeze="location",
+                init="x.pt"), "--freeze does not concern centernet")
+    fails(flags(tiny_scenes, out=tmp_path / "a") + ["--keep-checkpoints", "0.5", "2"],
+          "--keep-checkpoints", "up to 1")
+
+
+def test_log_csv_says_where_the_positives_lie(tiny_scenes, tmp_path):
+    """One-to-one: one positive an object; ranks start at 1; after an epoch some have moved."""
+    train.main(flags(tiny_scenes, out=tmp_path / "a", steps=18, **{"log-every": 6}))
+    log = rows(tmp_path / "a" / "log.csv")
+    assert [float(row["positives"]) for row in log] == [1, 1, 1]
+    assert all(float(row["rank"]) >= 1 and 0 <= float(row["gap"]) <= 1 for row in log)
+    assert log[0]["moved"] == "" and 0 <= float(log[2]["moved"]) <= 100
+    train.main(flags(tiny_scenes, out=tmp_path / "b", steps=6, assign="top-k"))
+    assert float(rows(tmp_path / "b" / "log.csv")[0]["positives"]) > 2
