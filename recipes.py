@@ -98,7 +98,7 @@ RECIPES = {
              "train_longest": 128, "test_size": 128, "test_longest": 128},
         "retinanet": {**SMALL["retinanet"], "anchor_scales": 1},
         "centernet": {**SMALL["centernet"], "neck_widths": [128, 64, 64], "box_prior": 3.0,
-                      "laterals": True, "steps": 5000, "weight_decay": 0.1},
+                      "laterals": True, "steps": 2000},
         "detr": {**SMALL["detr"], "queries": 20, "steps": 8000},
         "deformable-detr": {**SMALL["deformable-detr"], "queries": 20, "levels": 2, "steps": 3000},
         "sparse-rcnn": {**SMALL["sparse-rcnn"], "width": 64, "queries": 16, "steps": 4000},

@@ -64,7 +64,8 @@ def numbers_of(run):
         return None
     changed = [f"{recipes.flag(name)} (was {saved.get(name)}, now {value})"
                for name, value in run.flags.items() if name not in recipes.FREE_ON_RESUME
-               and value not in (saved.get(name), "auto")]
+               # a flag that there was not yet had its default
+               and value not in (saved.get(name, value), "auto")]
     if changed:
         raise UsageError(f"the folder holds a run of other flags, {', '.join(changed)}; give its "
                          f"flags after --, or choose another --out")
