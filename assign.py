@@ -21,8 +21,6 @@ whether it keeps the contract:
   and do not depend on the order of its rows and columns.  Training checks shapes, types and ranges;
   the rest only the test does.
 """
-import importlib.util
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,15 +28,14 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
+import ideas
+from ideas import AssignError
+
 IGNORE = -1
 
 # lambda_cls, lambda_L1 and lambda_iou: the weights of Eq. 4 and 5, and of the same three terms in
 # the training loss.  Published for all six detectors, but that DETR's lambda_cls is 1.
 LAMBDA_CLS, LAMBDA_L1, LAMBDA_IOU = 2.0, 5.0, 2.0
-
-
-class AssignError(ValueError):
-    """A strategy, or the numbers given to it, cannot be used: one sentence that says why."""
 
 
 class Match(NamedTuple):
@@ -53,7 +50,7 @@ class Match(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def match(prediction, targets, cost, assign):
+def match(prediction, targets, cost, assign, progress=0.0):
     """The positive samples of a batch: for every layer, a list with a Match per image.
 
         C[q, g] = cost(one, target)        Eq. 2 and 5
@@ -66,9 +63,10 @@ def match(prediction, targets, cost, assign):
     others are those of the earlier layers in its aux
     cost(one, target): (Q, G), from the Prediction of one image and its target
     assign(cost): the strategy, called as it is written, once an image and layer
+    progress: how far training is, 0 to 1, for those that ask for it
 
     Without gradient, in float32, the costs of one image in memory at a time.  Raises AssignError
-    with the image if a cost is NaN, a strategy fails, or its answer is not two vectors of indices.
+    with the image if a cost is NaN, a function fails, or its answer is not what it must be.
     Whether a prediction appears twice is left to the contract test.
     """
     layers, nan, images = [], [], []
@@ -76,29 +74,50 @@ def match(prediction, targets, cost, assign):
         for layer in [prediction, *prediction.aux]:
             matches = []
             for n, target in enumerate(targets):
-                C = cost(layer.image(n), target).float()             # (Q, G)
+                C = price(cost, layer.image(n), target, progress)        # (Q, G)
                 nan.append(C.isnan().any())
                 images.append(target["image_id"])
                 try:
-                    matches.append(ask(assign, C, target["image_id"]))
+                    matches.append(ask(assign, C, target["image_id"], progress))
                 except AssignError:
-                    check_nan(nan, images)           # NaN explains more than what it led to
+                    check_nan(nan, images, prediction)   # NaN explains more than what it led to
                     raise
             layers.append(matches)
-    check_nan(nan, images)
+    check_nan(nan, images, prediction)
     return layers
 
 
-def check_nan(nan, images):
+def check_nan(nan, images, prediction):
     """Raises AssignError that names the images whose costs hold NaN.  One wait for the device."""
     bad = torch.stack(nan).tolist() if nan else []
     if any(bad):
         ids = dict.fromkeys(str(image) for image, is_nan in zip(images, bad) if is_nan)
-        raise AssignError(f"image {', '.join(ids)}: the matching cost holds NaN, so the network's "
-                          f"output does too; lower --lr, set --clip-grad, or use --precision fp32")
+        who = f"image {', '.join(ids)}: the matching cost holds NaN"
+        layers = [prediction, *prediction.aux]
+        if all(bool(part.isfinite().all()) for one in layers for part in (one.logits, one.boxes)):
+            raise AssignError(f"{who}, but the network's output does not: the cost function makes "
+                              f"it")
+        raise AssignError(f"{who}, so the network's output does too; lower --lr, set --clip-grad, "
+                          f"or use --precision fp32")
 
 
-def ask(assign, cost, image):
+def price(cost, one, target, progress):
+    """The costs of one image, checked, as float32 (Q, G).  Raises AssignError."""
+    shape = len(one.logits), len(target["boxes"])
+    name, who = getattr(cost, "__name__", "cost"), f"image {target['image_id']}"
+    try:
+        C = ideas.call(cost, one, target, progress=progress)
+    except AssignError as error:
+        raise AssignError(f"{who}: the cost {name} failed on {shape[0]} predictions and {shape[1]} "
+                          f"objects: {error}") from error
+    if not torch.is_tensor(C) or C.shape != shape or not C.is_floating_point():
+        got = f"{C.dtype} of shape {tuple(C.shape)}" if torch.is_tensor(C) else type(C).__name__
+        raise AssignError(f"{who}: {name} must return floating-point costs of shape {shape}; it "
+                          f"returned {got}")
+    return C.float()
+
+
+def ask(assign, cost, image, progress):
     """A strategy's answer for one image, checked, as a Match on the device of cost.
 
     Checked on the host, where the answer travels in one copy (the Hungarian's is there already).
@@ -107,10 +126,10 @@ def ask(assign, cost, image):
     name = getattr(assign, "__name__", "assign")
     Q, G = cost.shape
     try:
-        answer = assign(cost)
-    except Exception as error:                       # a student's function may raise anything
+        answer = ideas.call(assign, cost, progress=progress)
+    except AssignError as error:
         raise AssignError(f"image {image}: the strategy {name} failed on a cost of {Q} x {G}: "
-                          f"{type(error).__name__}: {error}") from error
+                          f"{error}") from error
 
     who, pair = f"image {image}: {name}", isinstance(answer, (tuple, list)) and len(answer) == 2
     if not pair or not all(torch.is_tensor(v) for v in answer):
@@ -227,30 +246,15 @@ ASSIGNERS = {"hungarian": hungarian, "min-cost": min_cost, "one-to-many-iou": on
 
 
 def load_strategy(name):
-    """A strategy by name, or `file.py:function` from a student's file.  Raises AssignError."""
+    """A strategy by name, or `file.py:function` from a file of one's own.  Raises AssignError."""
     if name in ASSIGNERS:
         listed = ASSIGNERS[name]
         # asked for by its name, so that `assign.hungarian = mine` acts
         return globals().get(listed.__name__, listed)
-    file, _, function = name.rpartition(":")
-    if not file:
+    if ":" not in name and not name.endswith(".py"):
         raise AssignError(f"--assign {name}: no such strategy; use one-to-many, "
                           f"{', '.join(ASSIGNERS)}, or my.py:my_function")
-    if not Path(file).is_file():
-        raise AssignError(f"--assign {name}: the file {file} does not exist")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None:
-        raise AssignError(f"--assign {name}: {file} is not a Python file; its name must end "
-                          f"in .py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:                 # a student's file may raise anything
-        raise AssignError(f"--assign {name}: {file} does not run: "
-                          f"{type(error).__name__}: {error}") from error
-    if not callable(getattr(module, function, None)):
-        raise AssignError(f"--assign {name}: {file} defines no function {function}")
-    return getattr(module, function)
+    return ideas.load("--assign", name)
 
 
 # ------------------------------------------------------------------------------------------------

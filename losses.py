@@ -29,6 +29,7 @@ from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
 import assign
+import ideas
 from assign import LAMBDA_CLS, LAMBDA_IOU, LAMBDA_L1
 from models import get_deltas
 
@@ -274,7 +275,7 @@ PREDEFINED = {"retinanet": assign.anchor_location,
 def row(flags):
     """The Row that flags ask for.  Raises AssignError if there is no such strategy.
 
-    flags: detector, assign, and those of location_cost, class_cost and the lambdas in force.
+    flags: detector, assign, and those of cost, location_cost, class_cost and the lambdas in force.
     """
     if flags["assign"] == "one-to-many":
         cost, strategy, loss = ROWS[f"{flags['detector']} one-to-many"]
@@ -284,7 +285,9 @@ def row(flags):
     cost, _, loss = ROWS["one-to-one"]
     lambdas = {name: flags[name] for name in ("lambda_l1", "lambda_iou")}
     predefined = flags.get("location_cost") == "predefined"
-    if flags["assign"] == "one-to-many-iou":     # these two rules judge what they were made for
+    if flags.get("cost"):
+        cost = ideas.load("--cost", flags["cost"])
+    elif flags["assign"] == "one-to-many-iou":   # these two rules judge what they were made for
         cost = assign.anchor_iou_cost if predefined else assign.predicted_iou_cost
     elif flags["assign"] == "one-to-many-points":
         cost = assign.fcos_area_cost

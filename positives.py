@@ -1,6 +1,6 @@
 """Section 3.4 while a detector trains: where its positive samples lie, and how high they score.
 
-Five columns of log.csv, of the pictures of one micro-batch of process 0 (empty where a batch cannot
+Six columns of log.csv, of the pictures of one micro-batch of process 0 (empty where a batch cannot
 tell):
 
     gap         median score gap of the objects (Definition 3.3): the highest minus the second-
@@ -8,6 +8,7 @@ tell):
     rank        median place of the positives among all predictions by the score of their object's
                 class: 1 is the highest (Figure 5: with classification cost it is, without not)
     positives   positive samples an object
+    shared      predictions that are the positive of more than one object
     moved       percent of the objects that have another positive than when their picture was seen
                 last: the matching is not stable.  For one-to-one assignment.
     background  percent of the positives whose grid point or anchor's centre lies on no creature
@@ -21,7 +22,7 @@ from PIL import Image, ImageDraw
 from torchvision.ops import box_iou
 
 PICTURES = 1000                 # whose positives are remembered, for `moved`
-COLUMNS = "gap", "rank", "positives", "moved", "background"
+COLUMNS = "gap", "rank", "positives", "shared", "moved", "background"
 
 
 def class_scores(one):
@@ -36,8 +37,8 @@ def score_gaps(one, target):
     """
     scores = class_scores(one)[:, target["labels"]]                      # (Q, G)
     near = box_iou(one.boxes, target["boxes"]) > 0.5
-    top = scores.masked_fill(~near, 0).topk(2, dim=0).values             # (2, G)
-    return torch.where(near.any(0), top[0] - top[1], torch.nan)
+    top = scores.masked_fill(~near, 0).topk(min(2, len(scores)), dim=0).values
+    return torch.where(near.any(0), top[0] - top[1:].sum(0), torch.nan)
 
 
 def ranks(one, target, match):
@@ -94,10 +95,13 @@ class Watch:
     """The columns of a run.  Remembers the positives of its first PICTURES pictures.
 
     state: what `state` was in an earlier sitting of the run
+    strategy, say: what breaks the strategy's contract is said, once, by say(words)
     """
 
-    def __init__(self, silhouettes=None, state=None):
-        self.silhouettes = silhouettes
+    def __init__(self, silhouettes=None, state=None, strategy=None, say=print):
+        self.silhouettes, self.say, self.said = silhouettes, say, set()
+        self.name = getattr(strategy, "__name__", "assign")
+        self.shares = getattr(strategy, "shares_predictions", False)
         # by image id and number of the object [x, y, stride]; and, since the last row, how many
         # positives moved and how many were compared
         self.state = state or {"seen": {}, "moved": 0, "compared": 0}
@@ -124,9 +128,11 @@ class Watch:
     def row(self, prediction, targets, matches):
         """The columns, of this batch; `moved` of all batches since the last row."""
         gaps, place, on_object = [], [], []
+        shared = 0
         objects = sum(len(target["boxes"]) for target in targets)
         for n, (target, match) in enumerate(zip(targets, matches)):
             one = prediction.image(n)
+            shared += len(match.prediction) - len(match.prediction.unique())
             if len(target["boxes"]):
                 gaps.append(score_gaps(one, target))
                 place.append(ranks(one, target, match))
@@ -136,12 +142,25 @@ class Watch:
                 on_object.append(self.silhouettes.on_object(target["image_id"], size, points))
 
         values = {"gap": torch.cat(gaps).nanmedian().item() if gaps else None,
-                  "rank": torch.cat(place).float().median().item() if gaps else None,
+                  "rank": torch.cat(place).float().median().item() if sum(map(len, place))
+                  else None,
                   "positives": sum(map(len, place)) / objects if objects else None,
-                  "moved": None}
+                  "shared": shared if objects else None}
         if self.state["compared"]:
             values["moved"] = 100 * self.state["moved"] / self.state["compared"]
         if sum(map(len, on_object)):
             values["background"] = 100 * (1 - torch.cat(on_object).float().mean().item())
         self.state.update(moved=0, compared=0)
+        if objects and not sum(map(len, place)):
+            self.warn(f"{self.name} gives no positive sample to any of the {objects} objects of a "
+                      f"batch: nothing is learned from them")
+        if shared and not self.shares:
+            self.warn(f"{self.name} gives a prediction to more than one object; if that is meant, "
+                      f"set {self.name}.shares_predictions = True")
         return {name: values.get(name) for name in COLUMNS}
+
+    def warn(self, words):
+        kind = words[:len(self.name) + 20]
+        if kind not in self.said:
+            self.say(f"warning: {words}")
+            self.said.add(kind)

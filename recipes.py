@@ -12,6 +12,7 @@ from pathlib import Path
 
 import checkpoints
 import data
+import ideas
 from assign import LAMBDA_CLS, LAMBDA_IOU, LAMBDA_L1
 from losses import ROWS
 
@@ -229,6 +230,8 @@ def add_paper_flags(g):
                    "one-to-one form and losses: min-cost, top-k, one-to-many-iou (RetinaNet's rule "
                    "on anchors, or on predicted boxes), one-to-many-points (FCOS's rule), "
                    "my.py:my_function")
+    g.add_argument("--cost", metavar="C", help="my.py:my_cost instead of Eq. 5: a function of one "
+                   "image's prediction and target (assign.py); the losses stay")
     g.add_argument("--location-cost", choices=("predefined", "predicted"),
                    help="between objects and anchors or points, or predicted boxes (default)")
     g.add_argument("--class-cost", **X, help="weight of the classification cost (default: "
@@ -394,6 +397,10 @@ def not_concerned(name, flags):
     if one_to_many and name in ("class_cost", "location_cost", "lambda_cls", "lambda_l1",
                                 "lambda_iou"):
         return "does not concern --assign one-to-many, the detector's original rule and losses"
+    if one_to_many and name == "cost":
+        return "does not concern --assign one-to-many, the detector's original rule and losses"
+    if flags.get("cost") and name in ("class_cost", "location_cost"):
+        return f"does not concern --cost {flags['cost']}, which is the whole cost"
     rule = flags["assign"]
     if (rule == "one-to-many-points" and name in ("class_cost", "location_cost")
             or rule == "one-to-many-iou" and name == "class_cost"):
@@ -458,8 +465,24 @@ def effective_flags(given):
         why = not_concerned(name, flags)
         if why:
             raise UsageError(f"{flag(name)} {why}")
+    remember_own_files(flags)
     in_force = {name: flags[name] for name in flags if not not_concerned(name, flags)}
     return in_force, checkpoint
+
+
+def remember_own_files(flags):
+    """Adds the SHA-256 of the files that --assign and --cost name.
+
+    Raises UsageError if such a file is not what it was when the run began.
+    """
+    for name in ("assign", "cost"):
+        own, known = str(flags.get(name)), flags.get(f"{name}_sha256")
+        if ":" in own and Path(own.rpartition(":")[0]).is_file():        # else losses.row tells it
+            flags[f"{name}_sha256"] = ideas.digest(own)
+            if known not in (None, flags[f"{name}_sha256"]):
+                raise UsageError(f"--resume continues the same run, but the file of {flag(name)} "
+                                 f"{own} has changed; undo that, or start a new run with --init "
+                                 f"{flags['out']}/last.pt")
 
 
 AT_LEAST_1 = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "max_dets",
@@ -528,10 +551,13 @@ def headline(flags, num_pictures, num_classes):
     else:
         kinds = {"hungarian": "one-to-one", "min-cost": "minimum-cost"}
         weight = flags.get("class_cost", 0)
+        own = flags.get("cost")
         cost = f"{weight:g} x classification cost + " if weight else "location cost only: "
         location = flags.get("location_cost", "").replace("predefined", "pre-defined")
         cost += f"{location} location cost"
-        if "class_cost" not in flags:
+        if own:
+            cost = own
+        elif "class_cost" not in flags:
             cost = f"IoU with {location} boxes" if location else "area around points"
         rule = (f"{kinds.get(flags['assign'], flags['assign'])} positive sample assignment, "
                 f"matching cost = {cost}")
@@ -543,6 +569,8 @@ def run_name(flags):
     """The folder of a run without --out, below runs/."""
     rule = flags["assign"].replace("/", "_").replace(":", "-")
     if rule != "one-to-many":
+        if flags.get("cost"):
+            rule += "-" + flags["cost"].replace("/", "_").replace(":", "-")
         for name, value in (("location_cost", "-{}"), ("class_cost", "-class{:g}")):
             rule += value.format(flags[name]) if name in flags else ""
     return f"{flags['data']}-{flags['detector']}-{rule}"

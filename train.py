@@ -308,7 +308,7 @@ def train(flags, checkpoint, given, process):
     # Folder, what is watched (Section 3.4), and batches:
     log, eval_log = open_folder(flags, checkpoint, given, train_pictures, process)
     silhouettes = Silhouettes(classes.json_file) if flags["data"] == "scenes" else None
-    watch = Watch(silhouettes, checkpoint and checkpoint.get("watch"))
+    watch = Watch(silhouettes, checkpoint and checkpoint.get("watch"), strategy, process.say)
     first_step = checkpoint["step"] if checkpoint else 0
     batches = iter(data.loader(train_pictures, data.training_batches(
         classes, flags["batch_size"], flags["seed"], first_step, process.rank, process.world,
@@ -342,11 +342,12 @@ def train(flags, checkpoint, given, process):
                     prediction = network(images, mask)
 
                 with told_with_step(step, numbers):
-                    matches = match(prediction, targets, cost, strategy)   # <- the paper, Eq. 2-5
+                    # the paper, Eq. 2 to 5
+                    matches = match(prediction, targets, cost, strategy, step / steps)
                 watch.note(prediction, targets, matches[0])
                 if n == 0 and numbers:                   # matching has just waited for the device
                     stop = numbers.read()["interrupted"] > 0
-                terms = loss(prediction, targets, matches, num_objects, accumulate)  # <- Eq. 1
+                terms = loss(prediction, targets, matches, num_objects, accumulate)  # Eq. 1
                 sum(terms.values()).backward()
                 for name, value in terms.items():
                     totals[name] = totals.get(name, 0) + value.detach()

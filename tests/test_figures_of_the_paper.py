@@ -97,7 +97,8 @@ def test_what_cannot_be_drawn_is_one_sentence(two_runs, tmp_path, command, given
 
 
 def test_seeds_of_one_row_are_one_line():
-    values = [(np.array([1.0, 2]), np.array([10.0, 20])), (np.array([1.0, 2]), np.array([30.0, 40]))]
+    steps = np.array([1.0, 2])
+    values = [(steps, np.array([10.0, 20])), (steps, np.array([30.0, 40]))]
     _, plot = figures.plt.subplots()
     figures.draw_band(plot, values, "C0-", "a")
     (line,) = plot.lines

@@ -129,3 +129,15 @@ def test_pictures_without_objects_leave_the_columns_empty():
     watch, empty = positives.Watch(), target([], [])
     row = watch.row(points([[10, 10]]), [empty], [match([], [])])
     assert row == dict.fromkeys(positives.COLUMNS)
+
+
+def test_what_breaks_the_contract_is_said_once():
+    said = []
+    watch = positives.Watch(strategy=lambda cost: None, say=said.append)
+    objects, prediction = target([[0, 0, 50, 50], [50, 50, 99, 99]], [0, 0]), points([[10, 10]])
+    for _ in range(2):
+        assert watch.row(prediction, [objects], [match([], [])])["positives"] == 0
+        assert watch.row(prediction, [objects], [match([0, 0], [0, 1])])["shared"] == 1
+    assert len(said) == 2
+    assert "no positive sample to any of the 2 objects" in said[0]
+    assert "more than one object" in said[1] and "shares_predictions" in said[1]
