@@ -78,7 +78,7 @@ SPARSE_RCNN = {"lr": 2.5e-5, "train_sizes": list(range(480, 801, 32)), "train_lo
 # sets below it add is theirs alone
 SMALL_QUERIES = {"width": 128, "layers": 3, "hidden": 256, "lr": 5e-4, "weight_decay": 0.1}
 SMALL = {
-    "": {"backbone": "tiny", "width": 64, "depth": 3, "extra_levels": 0, "steps": 4500,
+    "": {"backbone": "tiny", "width": 64, "depth": 3, "extra_levels": 0, "steps": 2250,
          "batch_size": 16, "optimizer": "adamw", "lr": 1e-3, "schedule": "one-cycle",
          "clip_grad": 1.0, "workers": 0, "precision": "auto", "backbone_weights": "tiny.pt",
          "shift": 12},
@@ -95,11 +95,11 @@ RECIPES = {
     # row's flags
     "scenes": {
         **SMALL,
-        "": {**SMALL[""], "steps": 1400, "lr": 2e-3, "weight_decay": 0.1, "train_sizes": [128],
-             "train_longest": 128, "test_size": 128, "test_longest": 128},
+        "": {**SMALL[""], "train_sizes": [128], "train_longest": 128, "test_size": 128,
+             "test_longest": 128},
         "retinanet": {**SMALL["retinanet"], "anchor_scales": 1},
         "centernet": {**SMALL["centernet"], "neck_widths": [128, 64, 64], "box_prior": 3.0,
-                      "laterals": True, "steps": 2000},
+                      "laterals": True, "steps": 2000, "lr": 2e-3, "weight_decay": 0.1},
         "detr": {**SMALL["detr"], "queries": 20, "steps": 8000},
         "deformable-detr": {**SMALL["deformable-detr"], "queries": 20, "levels": 2, "steps": 3000},
         "sparse-rcnn": {**SMALL["sparse-rcnn"], "width": 64, "queries": 16, "steps": 4000},
