@@ -19,6 +19,8 @@ def pytest_addoption(parser):
     parser.addoption("--assigner", action="append", default=[], metavar="my.py:my_function",
                      help="put a strategy of your own to the contract tests of test_assign.py; "
                           "may be repeated")
+    parser.addoption("--cost", action="append", default=[], metavar="my.py:my_function",
+                     help="the same for a cost of your own")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Is every cost what the paper and the released code say?  Does every strategy keep its contract?
 
-`pytest tests/test_assign.py --assigner my.py:my_function` puts a strategy of your own to the
-contract tests.
+`pytest tests/test_assign.py --assigner my.py:my_strategy --cost my.py:my_cost` puts your own to the
+contract tests; `python grade.py my.py:my_strategy` does it in seconds, with points.
 """
 import itertools
 import math
@@ -21,8 +21,10 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 import assign
+import ideas
 from assign import (ASSIGNERS, IGNORE, AssignError, hungarian, match, min_cost, one_to_many_iou,
                     one_to_many_points, top_k)
+from grade import check_contract, check_order, cost_cases
 from models import Prediction
 
 INF, NAN = float("inf"), float("nan")
@@ -459,6 +461,8 @@ def pytest_generate_tests(metafunc):
     if "strategy" in metafunc.fixturenames:
         names = [*ASSIGNERS, *metafunc.config.getoption("--assigner")]
         metafunc.parametrize("strategy", names, indirect=True, scope="module")
+    if "own_cost" in metafunc.fixturenames:
+        metafunc.parametrize("own_cost", [*COSTS, *metafunc.config.getoption("--cost")])
 
 
 @pytest.fixture(scope="module")
@@ -474,68 +478,6 @@ def test_the_rule_of_the_paper_claims_to_be_one_to_one():
     assert one_to_one == ["hungarian"]
     sharing = [name for name in ASSIGNERS if getattr(ASSIGNERS[name], "shares_predictions", False)]
     assert sharing == ["min-cost"]
-
-
-def check_contract(strategy, cost):
-    """What training relies on, each rule a sentence for whoever wrote the strategy.
-
-    Returns the answer.
-    """
-    (Q, G), given_cost = cost.shape, cost.clone()
-    try:
-        answer = strategy(given_cost)
-    except Exception as error:
-        raise AssertionError(
-            f"a strategy must answer every cost (Q, G), also with Q = 0, G = 0 or G > Q; "
-            f"for {Q} x {G} it raised {type(error).__name__}: {error}") from error
-
-    # What it returns ...
-    assert (isinstance(answer, (tuple, list)) and len(answer) == 2
-            and all(torch.is_tensor(part) for part in answer)), \
-        "a strategy must return two tensors: prediction, object"
-    prediction, object_ = answer
-    assert prediction.dtype == object_.dtype == torch.long, \
-        "both tensors must be long (use .long()), also when empty"
-    assert prediction.ndim == 1 and prediction.shape == object_.shape, \
-        "both tensors must be vectors of one length"
-    assert torch.equal(given_cost, cost), \
-        "a strategy must not modify the cost it is given; work on cost.clone()"
-
-    # ... which numbers stand in it ...
-    assert ((prediction >= 0) & (prediction < Q)).all(), \
-        f"a prediction must be one of 0 ... Q - 1 (here Q = {Q})"
-    assert ((object_ >= IGNORE) & (object_ < G)).all(), \
-        f"an object must be one of 0 ... G - 1 (here G = {G}), " \
-        f"or {IGNORE} for a prediction to ignore"
-    positive = object_ != IGNORE
-    assert (cost[prediction[positive], object_[positive]] < INF).all(), \
-        "a forbidden pair (cost inf) must never be used"
-
-    # ... and how often each may.
-    if getattr(strategy, "shares_predictions", False):
-        assert len(as_set(prediction, object_)) == len(prediction), \
-            "a pair must appear at most once"
-    else:
-        assert len(prediction.unique()) == len(prediction), \
-            "a prediction must appear at most once, " \
-            "unless the function sets my_function.shares_predictions = True"
-    if getattr(strategy, "one_to_one", False):
-        assert positive.all() and len(object_.unique()) == len(object_), \
-            "a strategy that claims one_to_one must give each object at most one prediction, " \
-            "and ignore none"
-    return prediction, object_
-
-
-def check_order(strategy, cost, seed):
-    """The same pairs, whatever the order of predictions and objects;
-    the costs must be free of ties.
-    """
-    rows, columns = (torch.randperm(n, generator=generator(seed)) for n in cost.shape)
-    prediction, object_ = check_contract(strategy, cost[rows][:, columns])
-    back = torch.where(object_ == IGNORE, IGNORE, columns[object_])
-    assert as_set(rows[prediction], back) == as_set(*check_contract(strategy, cost)), \
-        "a strategy must look at the costs only: " \
-        "another order of predictions or objects must give the same pairs"
 
 
 @pytest.mark.parametrize("forbidden", [0.0, 0.5, 1.0])
@@ -558,7 +500,19 @@ def test_contract_ties(strategy, cost):
 def test_contract_order(strategy, Q, G, forbidden):
     """The answer follows when predictions and objects change places."""
     for seed in range(5):
-        check_order(strategy, random_cost(Q, G, forbidden, seed), seed)
+        check_order(strategy, random_cost(Q, G, forbidden, seed), generator(seed))
+
+
+COSTS = {cost.__name__: cost for cost in (
+    assign.matching_cost, assign.predicted_location, assign.anchor_location, assign.point_location,
+    assign.predicted_iou_cost)}
+
+
+def test_contract_of_costs(own_cost):
+    """Any number of objects and predictions, empty boxes, certain scores, any order."""
+    cost = COSTS.get(own_cost) or ideas.load("--cost", own_cost)
+    for check, *case in cost_cases(generator(0)):
+        check(cost, *case)
 
 
 def first_come(cost):
@@ -607,7 +561,7 @@ def test_a_broken_strategy_is_told_what_is_wrong(sentence):
     # all three want it
     cost[0] = torch.tensor([-3.0, -3.5, -4.0])
     with pytest.raises(AssertionError, match=sentence):
-        check_order(BROKEN[sentence], cost, 0)
+        check_order(BROKEN[sentence], cost, generator(0))
 
 
 def test_the_readmes_example_keeps_the_contract(tmp_path):

@@ -1,0 +1,379 @@
+"""Points for a strategy or a cost of one's own: does it keep the contract, and what does it do?
+
+    python grade.py my.py:my_strategy               the contract, in seconds: 100 points
+    python grade.py my.py:my_cost                   the same for a cost: a function of two arguments
+    python grade.py my.py:f --seed 7 --json a.json  other matrices and boxes; points for a grader
+    python grade.py my.py:f --train                 and its effect: a run of minutes, beside the
+                                                    reference rules; 100 points more
+    python grade.py --reference --seeds 0 1 2       trains the reference rules
+
+A strategy is cost (Q, G) -> prediction (K,), object (K,); a cost is (one, target) -> (Q, G); both
+are explained at the top of assign.py.  One that draws lots says `my_strategy.randomised = True` and
+is spared the check of the order.
+"""
+import argparse
+import copy
+import inspect
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import annotations
+import assign
+import data
+import evaluate
+import ideas
+import runs
+from assign import IGNORE, AssignError
+from models import Prediction
+
+INF = float("inf")
+
+
+class Broken(AssertionError):
+    """A rule of the contract is broken: a sentence for whoever wrote the function."""
+
+    def __init__(self, rule, sentence):
+        super().__init__(sentence)
+        self.rule = rule
+
+
+def demand(rule, kept, sentence):
+    if not kept:
+        raise Broken(rule, sentence)
+
+
+# ------------------------------------------------------------------------------------------------
+# the contract of a strategy
+# ------------------------------------------------------------------------------------------------
+
+# rule: points, in words
+STRATEGY = {
+    "answers": (20, "answers every cost (Q, G), also with Q = 0, G = 0 or G > Q"),
+    "form": (15, "returns two long vectors of one length"),
+    "range": (10, "numbers that exist: predictions 0...Q-1, objects 0...G-1 or IGNORE"),
+    "forbidden": (15, "never uses a forbidden pair (cost inf)"),
+    "once": (15, "gives a prediction to one object at most, or says that it shares"),
+    "leaves": (10, "leaves the cost as it was given"),
+    "order": (10, "looks at the costs only, not at the order of rows and columns"),
+    "speed": (5, "answers a dense head, 5,000 x 20, in half a second"),
+}
+
+
+def check_contract(strategy, cost):
+    """What training relies on, for one cost.  Returns the answer.  Raises Broken."""
+    (Q, G), given = cost.shape, cost.clone()
+    try:
+        answer = ideas.call(strategy, given, progress=0.5)
+    except AssignError as error:
+        raise Broken("answers", f"a strategy must answer every cost (Q, G), also with Q = 0, G = 0 "
+                                f"or G > Q; for {Q} x {G} it raised {error}") from error
+
+    # what it returns ...
+    demand("form", isinstance(answer, (tuple, list)) and len(answer) == 2
+           and all(torch.is_tensor(part) for part in answer),
+           "a strategy must return two tensors: prediction, object")
+    prediction, objects = answer
+    demand("form", prediction.dtype == objects.dtype == torch.long,
+           "both tensors must be long (use .long()), also when empty")
+    demand("form", prediction.ndim == 1 and prediction.shape == objects.shape,
+           "both tensors must be vectors of one length")
+    demand("leaves", torch.equal(given, cost),
+           "a strategy must not modify the cost it is given; work on cost.clone()")
+
+    # ... which numbers stand in it ...
+    demand("range", ((prediction >= 0) & (prediction < Q)).all(),
+           f"a prediction must be one of 0 ... Q - 1 (here Q = {Q})")
+    demand("range", ((objects >= IGNORE) & (objects < G)).all(),
+           f"an object must be one of 0 ... G - 1 (here G = {G}), or {IGNORE} for a prediction to "
+           f"ignore")
+    positive = objects != IGNORE
+    demand("forbidden", (cost[prediction[positive], objects[positive]] < INF).all(),
+           "a forbidden pair (cost inf) must never be used")
+
+    # ... and how often each may
+    if getattr(strategy, "shares_predictions", False):
+        demand("once", len(set(zip(prediction.tolist(), objects.tolist()))) == len(prediction),
+               "a pair must appear at most once")
+    else:
+        demand("once", len(prediction.unique()) == len(prediction),
+               "a prediction must appear at most once, unless the function sets "
+               "my_function.shares_predictions = True")
+    if getattr(strategy, "one_to_one", False):
+        demand("once", positive.all() and len(objects.unique()) == len(objects),
+               "a strategy that claims one_to_one must give each object at most one prediction, and "
+               "ignore none")
+    return prediction, objects
+
+
+def check_order(strategy, cost, generator):
+    """The same pairs whatever the order; the costs must be free of ties.  Raises Broken."""
+    rows, columns = (torch.randperm(n, generator=generator) for n in cost.shape)
+    prediction, objects = check_contract(strategy, cost[rows][:, columns])
+    back = torch.where(objects == IGNORE, IGNORE, columns[objects])
+    there = set(zip(rows[prediction].tolist(), back.tolist()))
+    here = set(zip(*(part.tolist() for part in check_contract(strategy, cost))))
+    demand("order", there == here or getattr(strategy, "randomised", False),
+           "a strategy must look at the costs only: another order of predictions or objects must "
+           "give the same pairs; if it draws lots, set my_function.randomised = True")
+
+
+def strategy_cases(generator):
+    """(check, arguments) of every case; other seeds have other numbers."""
+    def cost(Q, G, forbidden):
+        values = torch.rand(Q, G, generator=generator) - 1
+        return values.masked_fill(torch.rand(Q, G, generator=generator) < forbidden, INF)
+
+    shapes = (0, 0), (0, 3), (7, 0), (1, 1), (1, 4), (3, 5), (5, 5), (60, 6)
+    for forbidden in (0.0, 0.5, 1.0):
+        for Q, G in shapes:
+            yield check_contract, cost(Q, G, forbidden)
+    for _ in range(30):                                  # ties
+        few = torch.tensor([-1.0, -0.5, 0.0, INF])
+        yield check_contract, few[torch.randint(4, (6, 3), generator=generator)]
+    wanted = cost(12, 3, 0.2)
+    wanted[0] = torch.tensor([-3.0, -3.5, -4.0])         # all three want it
+    yield check_contract, wanted
+    for Q, G, forbidden in ((30, 5, 0.0), (30, 5, 0.5), (4, 7, 0.0), (4, 7, 0.5)):
+        for _ in range(5):
+            yield check_order, cost(Q, G, forbidden), generator
+    yield check_speed, cost(5000, 20, 0.0)
+
+
+def check_speed(strategy, cost):
+    check_contract(strategy, cost)
+    began = time.perf_counter()
+    ideas.call(strategy, cost.clone(), progress=0.5)
+    took = time.perf_counter() - began
+    demand("speed", took < 0.5, f"a cost of {len(cost)} x {cost.shape[1]} took {took:.1f} s: "
+                                f"training asks for 16 such answers a step")
+
+
+# ------------------------------------------------------------------------------------------------
+# the contract of a cost
+# ------------------------------------------------------------------------------------------------
+
+COST = {
+    "answers": (20, "answers every image, also without objects or predictions"),
+    "form": (20, "returns floating-point costs (Q, G)"),
+    "number": (20, "is a number or inf: no NaN on empty boxes or certain scores"),
+    "leaves": (10, "leaves its inputs as they were given"),
+    "predictions": (15, "prices a prediction alike wherever it stands among the others"),
+    "objects": (15, "prices an object alike wherever it stands among the others"),
+}
+
+
+def check_cost(cost, one, target):
+    """Returns the costs of one image.  Raises Broken."""
+    given = copy.deepcopy((one, target))
+    shape = len(one.logits), len(target["boxes"])
+    try:
+        C = ideas.call(cost, *given, progress=0.5)
+    except AssignError as error:
+        raise Broken("answers", f"a cost must answer every image; for {shape[0]} predictions and "
+                                f"{shape[1]} objects it raised {error}") from error
+    demand("form", torch.is_tensor(C) and C.shape == shape and C.is_floating_point(),
+           f"a cost must return a floating-point tensor of shape (Q, G), here {shape}")
+    demand("number", not C.isnan().any() and not (C == -INF).any(),
+           "a cost must be a number or inf; boxes without extent and scores of 0 and 1 occur")
+    same = all(torch.equal(a, b) for a, b in zip(tensors(given), tensors((one, target))))
+    demand("leaves", same, "a cost must not modify the prediction or the target it is given")
+    return C
+
+
+def tensors(case):
+    one, target = case
+    return [part for part in [*vars(one).values(), *target.values()] if torch.is_tensor(part)]
+
+
+def check_places(cost, one, target, generator):
+    """The costs travel with predictions and objects.  Raises Broken."""
+    C = check_cost(cost, one, target)
+    rows = torch.randperm(len(one.logits), generator=generator)
+    moved = Prediction(one.logits[rows], one.boxes[rows], one.candidates[rows], one.strides[rows])
+    demand("predictions", torch.allclose(check_cost(cost, moved, target), C[rows], atol=1e-4),
+           "another order of the predictions must give the same costs in that order")
+    columns = torch.randperm(len(target["boxes"]), generator=generator)
+    other = {**target, "boxes": target["boxes"][columns], "labels": target["labels"][columns],
+             "objects": target["objects"][columns]}
+    demand("objects", torch.allclose(check_cost(cost, one, other), C[:, columns], atol=1e-4),
+           "another order of the objects must give the same costs in that order")
+
+
+def image(generator, Q, G, classes=4, empty=False, scale=1.0):
+    """A Prediction and a target of a picture of 96 x 64 pixels.  empty: predicted boxes are points.
+
+    The boxes of objects never are: such annotations are left out.
+    """
+    def boxes(n):
+        a, b = torch.rand(2, n, 2, generator=generator) * torch.tensor([96.0, 64.0])
+        return torch.cat([torch.minimum(a, b), torch.maximum(a, b) + 1], 1)
+
+    points = boxes(Q)[:, :2].repeat(1, 2)
+    predicted = points if empty else boxes(Q)
+    one = Prediction(scale * torch.randn(Q, classes, generator=generator), predicted, points,
+                     8.0 * 2 ** torch.randint(3, (Q,), generator=generator))
+    size = torch.tensor([64, 96])
+    return one, {"boxes": boxes(G), "labels": torch.randint(classes, (G,), generator=generator),
+                 "size": size, "original_size": size, "image_id": 0, "objects": torch.arange(G),
+                 "frame": torch.tensor([0.0, 0, 96, 64]), "ignore": torch.zeros(0, 4)}
+
+
+def cost_cases(generator):
+    for Q, G in ((0, 0), (0, 3), (7, 0), (1, 1), (3, 5), (60, 6)):
+        yield check_cost, *image(generator, Q, G)
+    for empty in (False, True):
+        for scale in (1.0, 1e4):
+            yield check_cost, *image(generator, 20, 4, empty=empty, scale=scale)
+    for _ in range(5):
+        yield check_places, *image(generator, 30, 5), generator
+
+
+# ------------------------------------------------------------------------------------------------
+# points
+# ------------------------------------------------------------------------------------------------
+
+def is_cost(function):
+    """A cost takes two arguments, one and target; a strategy takes one, the cost."""
+    parameters = inspect.signature(function).parameters.values()
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "progress"
+               for p in parameters) == 2
+
+
+def contract(function, seed=0):
+    """[(rule, words, points, of, wrong)] of every rule; wrong: a sentence, or "".
+
+    A rule that no case could get to, because an earlier one was broken in all of them, has 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)                              # for those that draw lots
+    rules, cases = (COST, cost_cases) if is_cost(function) else (STRATEGY, strategy_cases)
+    broken, passed = {}, set()
+    for check, *case in cases(generator):
+        try:
+            check(function, *case)
+            passed.add(check)
+        except Broken as fault:
+            broken.setdefault(fault.rule, str(fault))
+        if "no answer after" in broken.get("answers", ""):
+            break                                        # it would take its time in every case
+
+    rows = []
+    for rule, (points, words) in rules.items():
+        needs = {"order": check_order, "predictions": check_places, "objects": check_places,
+                 "speed": check_speed}.get(rule)
+        reached = needs in passed if needs else bool(passed)
+        wrong = broken.get(rule, "" if reached else "could not be checked for the faults above")
+        rows.append((rule, words, 0 if wrong else points, points, wrong))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# the effect
+# ------------------------------------------------------------------------------------------------
+
+REFERENCE = Path(__file__).with_name("docs") / "reference.json"
+STEPS = 800                                  # of the short run
+RULES = {"end-to-end": [], "location only": ["--class-cost", "0", "--location-cost", "predefined"],
+         "one-to-many (top-k)": ["--assign", "top-k"]}
+
+
+def effect(out, words):
+    """Trains a short run and says what it does: AP, AP+NMS, duplicates an object, score gap."""
+    script = Path(__file__).with_name("train.py")
+    run = subprocess.run([sys.executable, script, "--steps", str(STEPS), "--out", str(out), *words])
+    if run.returncode:
+        raise AssignError(f"the run in {out} failed; its last line says why")
+    flags = json.loads((Path(out) / "args.json").read_text())
+    truth = annotations.read_annotations(*data.locate(flags, "val"))
+    detections = evaluate.read_results(Path(out) / "detections.json")
+    found = evaluate.diagnose(truth, detections, flags["max_dets"])
+    metrics = json.loads((Path(out) / "metrics.json").read_text())
+    return {"AP": metrics["AP"], "AP+NMS": metrics["nms"]["AP"],
+            "duplicates": found["duplicates per object"]["0.1"],
+            "gap": found["score gap"][1] if found["found"] else 0.0}
+
+
+def linear(value, low, high):
+    """0 at low, 1 at high, a straight line between, whichever is the larger."""
+    return min(1.0, max(0.0, (value - low) / (high - low)))
+
+
+def effect_points(figures, reference):
+    """[(rule, words, points, of, "")]: cut-offs are means of the reference rules over their seeds.
+
+    AP without NMS: from 0 at half of the end-to-end rule's to 50 at the whole of it.  What NMS
+    adds: from 0 at what it adds to top-k to 50 at what it adds to end-to-end, 1 AP allowed.
+    """
+    mean = {rule: {name: sum(run[name] for run in seeds) / len(seeds) for name in seeds[0]}
+            for rule, seeds in reference.items()}
+    best, many = mean["end-to-end"], mean["one-to-many (top-k)"]
+    gain = figures["AP+NMS"] - figures["AP"]
+    rows = (("AP", "AP without NMS", figures["AP"], best["AP"] / 2, best["AP"]),
+            ("gain", "what NMS adds to AP", gain, many["AP+NMS"] - many["AP"],
+             max(1.0, best["AP+NMS"] - best["AP"])))
+    return [(rule, f"{words}: {value:.1f} (0 points at {low:.1f}, 50 at {high:.1f})",
+             round(50 * linear(value, low, high)), 50, "")
+            for rule, words, value, low, high in rows]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("function", nargs="?", metavar="my.py:f", help="the strategy or cost")
+    add("--seed", type=int, default=0, metavar="N", help="of the matrices, the boxes and the run")
+    add("--json", metavar="FILE", help="write the points to this file as well")
+    add("--train", action="store_true", help="grade the effect too, by a run of minutes")
+    add("--data-dir", metavar="DIR", help="other pictures to train on (scenes.py --seed N --out DIR)")
+    add("--reference", action="store_true", help="train the reference rules for --train")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of --reference")
+    args = parser.parse_args()
+    own = ["--data-dir", args.data_dir] if args.data_dir else []
+    try:
+        if args.reference:
+            reference = {rule: [effect(f"runs/reference/{rule.split()[0]}-{seed}",
+                                       [*words, "--seed", str(seed), *own]) for seed in args.seeds]
+                         for rule, words in RULES.items()}
+            runs.write_json(REFERENCE, reference, indent=1)
+            print(f"wrote {REFERENCE}")
+            return
+        if not args.function:
+            parser.error("name a strategy or a cost: my.py:f")
+        function = (ideas.load("grade.py", args.function) if ":" in args.function
+                    else assign.load_strategy(args.function))
+        rows = contract(function, args.seed)
+        figures = {}
+        if args.train and all(points == of for _, _, points, of, _ in rows):
+            reference = json.loads(REFERENCE.read_text())
+            flag = "--cost" if is_cost(function) else "--assign"
+            out = f"runs/grade-{Path(args.function.replace(':', '-')).name}-{args.seed}"
+            figures = effect(out, [flag, args.function, "--seed", str(args.seed), *own])
+            for rule, seeds in reference.items():
+                bands = ", ".join(f"{name} {min(s[name] for s in seeds):.2f} to "
+                                  f"{max(s[name] for s in seeds):.2f}" for name in seeds[0])
+                print(f"{rule}, {len(seeds)} seeds: {bands}")
+            print(f"{args.function}: " + ", ".join(f"{n} {v:.2f}" for n, v in figures.items()))
+            rows += effect_points(figures, reference)
+    except (AssignError, annotations.DataError, OSError) as error:
+        print(f"grade.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+    for _, words, points, of, wrong in rows:
+        print(f"{points:3}/{of:<3} {words}" + (f"\n        {wrong}" if wrong else ""))
+    points, of = (sum(row[n] for row in rows) for n in (2, 3))
+    print(f"{points}/{of} points for {args.function}")
+    if args.train and not figures:
+        print("the effect is graded once the contract is kept")
+    if args.json:
+        runs.write_json(args.json, {"function": args.function, "seed": args.seed, "points": points,
+                                    "of": of, "effect": figures, "rows": rows}, indent=1)
+    sys.exit(0 if points == of else 1)
+
+
+if __name__ == "__main__":
+    main()

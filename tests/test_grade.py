@@ -1,0 +1,131 @@
+"""Five kinds of hand-ins, each with the points it deserves."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import grade
+
+ROOT = Path(grade.__file__).parent
+
+RIGHT = """import assign
+def f(cost):
+    return assign.hungarian(cost)
+"""
+# a prediction of two objects, and no thought of pictures without predictions
+BROKEN = """import torch
+def f(cost):
+    return cost.argmin(0), torch.arange(cost.shape[1])
+"""
+RANDOM = """import torch, assign
+def f(cost):
+    return assign.hungarian(torch.where(cost.isinf(), cost, torch.rand_like(cost)))
+f.randomised = True
+"""
+# the pairs of a sorted cost, whatever it says
+CHEATING = """import torch
+def f(cost):
+    n = torch.arange(min(cost.shape))
+    return n[cost[n, n] < float("inf")], n[cost[n, n] < float("inf")]
+"""
+SLOW = """import time, assign
+def f(cost):
+    time.sleep(0.6 if len(cost) > 1000 else 0)
+    return assign.hungarian(cost)
+"""
+COST = """import torch
+def f(one, target):
+    return torch.cdist(one.boxes, target["boxes"], p=1)
+"""
+
+
+def graded(folder, text, *words):
+    (folder / "my.py").write_text(text)
+    function = grade.ideas.load("", f"{folder / 'my.py'}:f")
+    return {rule: (points, wrong) for rule, _, points, _, wrong in grade.contract(function)}
+
+
+def lost(rows):
+    return {rule: wrong for rule, (_, wrong) in rows.items() if wrong}
+
+
+@pytest.mark.parametrize("text, rules", [
+    (RIGHT, {}),
+    (BROKEN, {"answers": "for 0 x 0 it raised IndexError", "forbidden": "inf", "once": "at most"}),
+    (RANDOM, {}),
+    (RANDOM.replace("f.randomised = True", ""), {"order": "if it draws lots"}),
+    (CHEATING, {"order": "another order"}),
+    (SLOW, {"speed": "5000 x 20 took 0.6 s"}),
+    ("def f(cost):\n    return 1 / 0\n", {"answers": "my.py, line 2: return 1 / 0"}),
+    ("def f(cost):\n    cost += 1\n    return cost.argmin(0), cost.argmin(0)\n",
+     {"answers": "0 x 0", "leaves": "modify", "forbidden": "inf"}),
+])
+def test_a_strategy_loses_the_points_of_what_it_breaks(tmp_path, text, rules):
+    rows = graded(tmp_path, text)
+    assert sum(of for of, _ in grade.STRATEGY.values()) == 100
+    found = {rule: wrong for rule, wrong in lost(rows).items() if "could not be" not in wrong}
+    assert found.keys() == rules.keys(), found
+    assert all(words in found[rule] for rule, words in rules.items()), found
+    assert (sum(points for points, _ in rows.values()) == 100) == (not rules)
+
+
+@pytest.mark.parametrize("text, rule, words", [
+    (COST, None, ""),
+    (COST.replace("p=1)", "p=1) / (one.boxes[:, 2:] - one.boxes[:, :2]).prod(1, True) * 0"),
+     "number", "must be a number"),
+    (COST.replace("p=1)", "p=1).T"), "form", "floating-point tensor of shape"),
+    (COST.replace("p=1)", "p=1) + torch.arange(len(one.boxes))[:, None]"), "predictions",
+     "another order of the predictions"),
+    (COST.replace("p=1)", "p=1) + torch.arange(len(target['boxes']))"), "objects",
+     "another order of the objects"),
+    (COST.replace("    return", "    one.boxes += 1\n    return"), "leaves", "must not modify"),
+])
+def test_a_cost_loses_the_points_of_what_it_breaks(tmp_path, text, rule, words):
+    found = lost(graded(tmp_path, text))
+    assert (found == {}) if rule is None else words in found[rule], found
+    assert sum(of for of, _ in grade.COST.values()) == 100
+
+
+def test_an_endless_loop_does_not_take_longer_than_one_call(tmp_path, monkeypatch):
+    monkeypatch.setattr(grade.ideas, "SECONDS", 0.5)
+    began = time.time()
+    rows = graded(tmp_path, "def f(cost):\n    while True:\n        pass\n")
+    assert time.time() - began < 5
+    assert "no answer after 0.5 seconds" in lost(rows)["answers"]
+    assert sum(points for points, _ in rows.values()) == 0
+
+
+def test_another_seed_has_other_cases():
+    first, again, other = ([case[0] for _, *case in grade.strategy_cases(
+        grade.torch.Generator().manual_seed(seed))] for seed in (0, 0, 1))
+    same = [a.equal(b) for a, b in zip(first, again)]
+    assert all(same) and not all(a.equal(b) for a, b in zip(first, other))
+
+
+def test_the_command_prints_a_line_a_rule_and_writes_for_a_grader(tmp_path):
+    (tmp_path / "my.py").write_text(BROKEN)
+    run = subprocess.run([sys.executable, ROOT / "grade.py", f"{tmp_path}/my.py:f", "--json",
+                          tmp_path / "a.json"], capture_output=True, text=True)
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert run.returncode == 1 and not run.stderr
+    assert len(written["rows"]) == len(grade.STRATEGY) and written["of"] == 100
+    assert run.stdout.splitlines()[-1] == f"{written['points']}/100 points for {tmp_path}/my.py:f"
+    missing = subprocess.run([sys.executable, ROOT / "grade.py", "none.py:f"], capture_output=True,
+                             text=True)
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+
+
+def test_points_of_the_effect_are_a_straight_line_between_the_published_cut_offs():
+    reference = {"end-to-end": [{"AP": 38, "AP+NMS": 38}, {"AP": 42, "AP+NMS": 42}],
+                 "one-to-many (top-k)": [{"AP": 20, "AP+NMS": 41}]}
+
+    def points(ap, nms):
+        return [row[2] for row in grade.effect_points({"AP": ap, "AP+NMS": nms}, reference)]
+
+    assert points(40, 40) == [50, 50] and points(45, 44) == [50, 50]
+    assert points(30, 31) == [25, 50]                    # half of the way from 20; 1 AP is allowed
+    assert points(20, 41) == [0, 0]
+    assert points(40, 51) == [50, 25]                    # half-way from 21 down to 1
