@@ -243,7 +243,7 @@ def add_paper_flags(g):
 
 
 def add_optimisation_flags(g):
-    g.add_argument("--steps", **N, help="optimiser steps (scenes: 4500, CenterNet 5000, DETR 8000, "
+    g.add_argument("--steps", **N, help="optimiser steps (scenes: 2250, CenterNet 2000, DETR 8000, "
                    "Deformable DETR 3000, Sparse R-CNN 4000)")
     g.add_argument("--batch-size", **N, help="images per step, over all processes and "
                    "micro-batches (scenes, coco: 16)")
@@ -251,8 +251,8 @@ def add_optimisation_flags(g):
                    "same step")
     g.add_argument("--optimizer", choices=("adamw", "sgd"),
                    help="default adamw; the published one-to-many recipes use sgd")
-    g.add_argument("--lr", **X, help="peak learning rate (scenes: 1e-3, query detectors 5e-4; "
-                   "coco: as published)")
+    g.add_argument("--lr", **X, help="peak learning rate (scenes: 1e-3, CenterNet 2e-3, query "
+                   "detectors 5e-4; coco: as published)")
     g.add_argument("--backbone-lr-factor", **X, help="the backbone's learning rate is this times "
                    "--lr (default 1)")
     g.add_argument("--weight-decay", **X, help="default 1e-4 (0.1: CenterNet and query detectors "
@@ -282,7 +282,8 @@ def add_picture_flags(g):
     g.add_argument("--colours", **X, help="vary brightness, contrast and saturation by up to this "
                    "share (coco, CenterNet one-to-many: 0.4)")
     g.add_argument("--shift", **N, help="move each picture by up to N pixels, right or left and up "
-                   "or down; one colour fills the gap (default 0)")
+                   "or down; one colour fills the gap (scenes, crowd, custom: 12, "
+                   "else 0)")
     g.add_argument("--skip-empty", **YES, help="leave pictures without objects out of training "
                    "(coco, one-to-many RetinaNet and FCOS: yes)")
     g.add_argument("--workers", **N, help="processes that read pictures, per training process "
@@ -335,7 +336,8 @@ def add_run_flags(g):
     g.add_argument("--backbone", choices=checkpoints.BACKBONES,
                    help="tiny is for pictures of about 128 pixels (scenes: tiny; coco: resnet50)")
     g.add_argument("--backbone-weights", metavar="W", help="none, imagenet (torchvision's), or a "
-                   "file: a torchvision ResNet, a last.pt, or tiny.pt (pretrain.py)")
+                   "file: a torchvision ResNet, a last.pt, or tiny.pt (pretrain.py), where "
+                   "scenes, crowd and custom start from (coco, crowdhuman: imagenet)")
     g.add_argument("--resnet", choices=("torchvision", "msra"), help="whose pre-trained ResNet: "
                    "torchvision's (RGB, default), or MSRA's (BGR, stride in the first 1x1), which "
                    "detectron2's and AdelaiDet's one-to-many figures were made with; give its "

@@ -1,14 +1,20 @@
 """The small backbone's school: crops show their creatures, a short run learns, what ships sees."""
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 import checkpoints
 import models
 import pretrain
+import recipes
 import scenes
+import train
+from test_train import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in models.PIXELS["rgb"])
@@ -104,3 +110,29 @@ def test_no_row_trains_or_validates_on_its_pictures():
     assert pretrain.SEED != 0 and scenes.write.__defaults__[0] == 0
     mine, theirs = (scenes.draw(seed, "train", 0)[0] for seed in (pretrain.SEED, 0))
     assert mine.tobytes() != theirs.tobytes()
+
+
+@pytest.mark.parametrize("detector", ["fcos", "detr"])
+def test_the_small_recipes_start_from_it_wherever_one_works(
+        tmp_path, tiny_scenes, monkeypatch, detector):
+    """The backbone of a run of no more than a step of length 0 is the file's; its hash is saved."""
+    monkeypatch.chdir(tmp_path)
+    train.main(flags(tiny_scenes, out=tmp_path / "a", steps=1, lr=1e-30, detector=detector))
+    given = torch.load(ROOT / "tiny.pt", weights_only=True)["model"]
+    learned = torch.load(tmp_path / "a" / "last.pt", weights_only=True)["model"]
+    for name, value in given.items():
+        if "running" not in name and value.is_floating_point() and name in learned:
+            assert torch.equal(learned[name], value.float()), name
+    versions = json.loads((tmp_path / "a" / "args.json").read_text())["versions"]
+    digest = hashlib.sha256((ROOT / "tiny.pt").read_bytes()).hexdigest()
+    assert versions["backbone_weights_sha256"] == digest
+
+
+@pytest.mark.parametrize("words, weights, shift", [
+    ("", "tiny.pt", 12), ("--data crowd", "tiny.pt", 12), ("--detector detr", "tiny.pt", 12),
+    ("--assign one-to-many", "tiny.pt", 12), ("--backbone-weights none", "none", 12),
+    ("--backbone resnet18", "none", 12), ("--data coco --data-dir x", "imagenet", 0),
+    ("--data coco --data-dir x --backbone resnet18", "imagenet", 0)])
+def test_who_starts_from_what(words, weights, shift):
+    found, _ = recipes.effective_flags(vars(recipes.make_parser().parse_args(words.split())))
+    assert (found["backbone_weights"], found["shift"]) == (weights, shift)
