@@ -105,8 +105,8 @@ def check_contract(strategy, cost):
                "my_function.shares_predictions = True")
     if getattr(strategy, "one_to_one", False):
         demand("once", positive.all() and len(objects.unique()) == len(objects),
-               "a strategy that claims one_to_one must give each object at most one prediction, and "
-               "ignore none")
+               "a strategy that claims one_to_one must give each object at most one prediction, "
+               "and ignore none")
     return prediction, objects
 
 
@@ -329,7 +329,8 @@ def main():
     add("--seed", type=int, default=0, metavar="N", help="of the matrices, the boxes and the run")
     add("--json", metavar="FILE", help="write the points to this file as well")
     add("--train", action="store_true", help="grade the effect too, by a run of minutes")
-    add("--data-dir", metavar="DIR", help="other pictures to train on (scenes.py --seed N --out DIR)")
+    add("--data-dir", metavar="DIR",
+        help="other pictures to train on (scenes.py --seed N --out DIR)")
     add("--reference", action="store_true", help="train the reference rules for --train")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of --reference")
     args = parser.parse_args()
