@@ -1,4 +1,4 @@
-"""Solutions of docs/exercises.md.  `python grade.py docs/solutions.py:greedy` grades one of them."""
+"""Solutions of docs/exercises.md.  `python grade.py docs/solutions.py:greedy` grades one."""
 import torch
 from torchvision.ops import box_iou
 
