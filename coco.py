@@ -17,8 +17,8 @@ class Group(NamedTuple):
     """The detections and objects of one class in one picture."""
     rows: np.ndarray            # (d,) their numbers in the list, best score first
     scores: np.ndarray          # (d,)
-    iou: np.ndarray             # (d, g) with objects; (d, c) with crowd regions, over their own area
-    crowd: np.ndarray
+    iou: np.ndarray             # (d, g) with the objects
+    crowd: np.ndarray           # (d, c) with crowd regions: intersection over the detection's area
 
 
 def in_order(key):

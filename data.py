@@ -10,6 +10,7 @@ A target is a dict: boxes (G, 4) xyxy in pixels of the resized picture, labels (
 image_id, size (2,) resized height and width, original_size (2,), ignore (I, 4) crowd regions in
 pixels of the resized picture.  A picture without objects is an ordinary picture.
 """
+import multiprocessing
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -385,8 +386,49 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+class Reported(Dataset):
+    """Pictures whose faults are values: from a worker no exception arrives as it was raised."""
+
+    def __init__(self, pictures):
+        self.pictures = pictures
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, key):
+        try:
+            return self.pictures[key]
+        except annotations.DataError as error:
+            return error
+
+
+def collate_or_report(samples):
+    """A batch, or the first fault among its pictures."""
+    faults = [sample for sample in samples if isinstance(sample, annotations.DataError)]
+    return faults[0] if faults else collate(samples)
+
+
 def loader(pictures, batches, workers=0, pin_memory=False):
-    """A DataLoader over lists of keys.  Its own generator leaves the global random state alone."""
-    return DataLoader(pictures, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      pin_memory=pin_memory, generator=torch.Generator(),
+    """Batches over lists of keys.  Its own generator leaves the global random state alone.
+
+    Raises DataError, the same with workers and without.
+    """
+    read = DataLoader(Reported(pictures), batch_sampler=batches, collate_fn=collate_or_report,
+                      num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(),
                       worker_init_fn=ignore_signals)
+    for batch in read:
+        if isinstance(batch, annotations.DataError):
+            raise batch
+        yield batch
+
+
+def end_workers():
+    """Ends the processes that read pictures, which heed no other signal; to be called at the end.
+
+    Without it an error would wait for them for ever.
+    """
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's handler would call it a fault
+    for child in children:
+        child.kill()

@@ -119,13 +119,14 @@ def detect(model, pictures, batch_size=16, max_dets=100, device="cpu", precision
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
     a = pictures.annotations
-    batches = data.loader(pictures, data.evaluation_batches(a, batch_size, rank, world), workers)
-    hidden = None if progress and rank == 0 else True        # None: shown on a terminal
+    keys = data.evaluation_batches(a, batch_size, rank, world)
+    batches = tqdm(data.loader(pictures, keys, workers), "evaluating", len(keys), leave=False,
+                   disable=None if progress and rank == 0 else True)     # None: on a terminal only
     results = {}
     was_training = model.training
     model.eval()
 
-    for images, mask, targets in tqdm(batches, "evaluating", leave=False, disable=hidden):
+    for images, mask, targets in batches:
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             prediction = model(images.to(device), mask.to(device))
         for n, target in enumerate(targets):
@@ -500,6 +501,14 @@ def main():
     except (annotations.DataError, checkpoints.CheckpointError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        words = runs.machine_fault(error)
+        if not words:
+            raise
+        print(f"evaluate.py: {words}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        data.end_workers()
 
 
 if __name__ == "__main__":

@@ -102,6 +102,18 @@ def signals_noted():
             signal.signal(n, handler)
 
 
+def machine_fault(error):
+    """What the machine lacks, if that is what a RuntimeError or MemoryError says; "" otherwise."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return ("a process that reads pictures was killed, which happens where memory or /dev/shm "
+                "runs out; use fewer --workers, or 0")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        return ("out of memory; use a smaller --batch-size, a larger --accumulate (the same step "
+                "in more parts), or smaller --train-sizes and --test-size")
+    return ""
+
+
 # ------------------------------------------------------------------------------------------------
 # the folder
 # ------------------------------------------------------------------------------------------------

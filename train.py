@@ -401,7 +401,14 @@ def main(argv=None):
             checkpoints.CheckpointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        words = runs.machine_fault(error)
+        if not words:
+            raise
+        print(f"train.py: {words}", file=sys.stderr)
+        sys.exit(2)
     finally:
+        data.end_workers()
         if dist.is_initialized():
             dist.destroy_process_group()
     process.say(f"{(time.time() - started) / 60:.1f} minutes; everything is in {flags['out']}: "

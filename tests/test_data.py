@@ -1,6 +1,10 @@
 """From disk to batch (oracles: PIL, torchvision, exact fractions, pixels, counting by hand)."""
+import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +18,9 @@ from torchvision.transforms.functional import hflip
 import annotations
 import data
 from test_annotations import draw_pictures, save, valid
+from test_train import flags
+
+ROOT = Path(data.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -409,6 +416,38 @@ def test_batches_do_not_depend_on_the_number_of_worker_processes(tiny_scenes):
     assert len(alone) == 5
     together = data.loader(pictures, keys, workers=2)
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_cannot_be_read_ends_the_run_with_one_sentence(
+        tiny_scenes, tmp_path, split, workers):
+    """In training and in evaluation, with worker processes and without; nothing hangs."""
+    folder = tmp_path / "scenes"
+    shutil.copytree(tiny_scenes, folder)
+    for picture in (folder / split).iterdir():
+        picture.write_bytes(picture.read_bytes()[:200])
+    command = [sys.executable, ROOT / "train.py",
+               *flags(folder, out=tmp_path / "run", steps=1, workers=workers)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2, run.stderr
+    (line,) = run.stderr.strip().splitlines()
+    assert line.startswith("train.py: ") and "cannot be decoded" in line
+
+
+def test_a_killed_worker_ends_the_run_with_one_sentence(tiny_scenes, tmp_path):
+    """As the system does where memory runs out: a strategy kills its siblings, by the way."""
+    (tmp_path / "my.py").write_text(
+        "import multiprocessing, assign\ndef f(cost):\n"
+        "    [child.kill() for child in multiprocessing.active_children()]\n"
+        "    return assign.hungarian(cost)\n")
+    command = [sys.executable, ROOT / "train.py",
+               *flags(tiny_scenes, out=tmp_path / "run", steps=500, workers=2,
+                      assign=f"{tmp_path}/my.py:f")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2, run.stderr
+    assert "a process that reads pictures was killed" in run.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in run.stderr
 
 
 def test_an_item_depends_on_seed_epoch_and_index_and_on_nothing_else(tiny_scenes):

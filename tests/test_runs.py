@@ -307,3 +307,19 @@ def test_other_processes_write_no_rows(capsys):
         time.sleep(0.001)
         bar.row(10, VALUES, 0.1)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error, words", [
+    (MemoryError(), "out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "--accumulate"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers"),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None)])
+def test_what_the_machine_lacks_is_told_and_a_fault_of_the_program_is_not(error, words):
+    said = runs.machine_fault(error)
+    assert words in said if words else said == ""
+
+
+def test_the_cpu_allocators_own_words_are_known():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2 ** 50)
+    assert "out of memory" in runs.machine_fault(error.value)
