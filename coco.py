@@ -72,10 +72,11 @@ def match(iou, crowd):
     return hit, ignored
 
 
-def average_precision(by_class, keep, max_dets=100, matched=None):
+def average_precision(by_class, keep, max_dets=100, matched=None, spared=None):
     """AP and AP50 in percent, -1 without objects, of the detections with keep[n].
 
     matched: a dict that remembers the matches of whole groups from call to call
+    spared: bool, detections that may hit an object, but do not count as false
     """
     matched = {} if matched is None else matched
     precision = []                                       # (10, 101) of each class with objects
@@ -92,6 +93,8 @@ def average_precision(by_class, keep, max_dets=100, matched=None):
                 if (name, n) not in matched:
                     matched[name, n] = match(part.iou, part.crowd)
                 hit, ignore = matched[name, n]
+            if spared is not None:
+                ignore = ignore | (~hit & spared[part.rows[left]])
             scores.append(part.scores[left])
             hits.append(hit)
             ignored.append(ignore)

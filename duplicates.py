@@ -5,6 +5,10 @@ fits several objects, it is of the one it overlaps most.  The highest-scored det
 is its first, the others are its duplicates.  The score gap of an object is its highest score minus
 its second-highest; an object with one detection alone has 0 for the second, one without any has no
 gap.
+
+The paper's Eq. 6 is about one object and all samples.  Where pictures hold several objects of a
+class their samples have to be told apart: here by whose they are, in positives.py, during training,
+by IoU > 0.5 with the object, and figures.py `scores` chooses a picture with one object.
 """
 from typing import NamedTuple
 
@@ -14,8 +18,8 @@ from torchvision.ops import batched_nms, box_iou
 IOU = 0.5                                    # from which on a detection is of an object
 SCORES = (0.05, 0.1, 0.3, 0.5)               # duplicates are counted above these
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)         # of NMS
-# of the verdict: AP points (crowds: AP50), and score
-NEEDS, FREE, SMALL_GAP = 1.0, 0.5, 0.1
+NEEDS, FREE = 1.0, 0.5                       # of the verdict: AP points (crowds: AP50)
+SMALL_GAP = 0.1                              # gaps below it are counted
 
 
 class Found(NamedTuple):
@@ -60,7 +64,9 @@ def scores_by_rank(scores, of, rank, count, wanted):
 def kept_by_nms(picture, threshold):
     """(D,) bool: what NMS, class by class, leaves of the detections of a picture."""
     keep = torch.zeros(len(picture.scores), dtype=torch.bool)
-    keep[batched_nms(picture.boxes, picture.scores, picture.labels, threshold)] = True
+    # torchvision tells classes apart by moving them, which wants coordinates from 0 on
+    boxes = picture.boxes - picture.boxes.min() if len(picture.boxes) else picture.boxes
+    keep[batched_nms(boxes, picture.scores, picture.labels, threshold)] = True
     return keep
 
 
@@ -76,7 +82,8 @@ def diagnose(pictures, measure, progress=iter):
     """Everything there is to say about detections that were made without NMS, as JSON has it.
 
     pictures: list of Found
-    measure(keep): figures, {"AP": ...}, of what a list of (D,) bool leaves of each picture
+    measure(keep, spared): figures, {"AP": ...}, of what a list of (D,) bool leaves of each picture;
+    those in `spared`, if given, may hit an object, but do not count as false
     progress: what goes around the sequences that take long (tqdm)
     """
     firsts, seconds = [], []
@@ -108,19 +115,21 @@ def diagnose(pictures, measure, progress=iter):
              "score gaps": torch.histc(gap.float(), 20, 0, 1).long().tolist()}
 
     # figures without NMS, with it, and with what an oracle leaves
-    found.update(measure([torch.ones(len(which), dtype=torch.bool) for which in of]))
+    everything = [torch.ones(len(which), dtype=torch.bool) for which in of]
+    found.update(measure(everything))
     found["nms"] = {str(threshold): measure([kept_by_nms(p, threshold) for p in pictures])
                     for threshold in progress(THRESHOLDS)}
-    found["oracle"] = measure([place <= 0 for place in rank])
+    found["oracle"] = measure(everything, [place > 0 for place in rank])
     return found
 
 
 def verdict(found, name="AP"):
     """One sentence, in the paper's words, and the thresholds behind it."""
+    if not found["objects"] or not found["found"]:
+        return f"cannot be told: {'nothing is found' if found['objects'] else 'no objects'}."
     gains = {threshold: figures[name] - found[name] for threshold, figures in found["nms"].items()}
     best = max(gains, key=gains.get)
-    gap = f"the median score gap is {found['score gap'][1]:.2f}" if found["found"] else \
-        "nothing is found"
+    gap = f"the median score gap is {found['score gap'][1]:.2f}"
     if gains[best] >= NEEDS:
         said = f"needs NMS: without it {gains[best]:.1f} {name} are lost (NMS at IoU {best}), and"
     elif gains[best] > FREE:

@@ -271,8 +271,9 @@ def diagnose(truth, detections, max_dets, progress=iter):
     by_class = coco.groups([d for found in of_image.values() for d in found], objects)
     matched = {}
 
-    def measure(keep):
-        return coco.average_precision(by_class, torch.cat(keep).numpy(), max_dets, matched)
+    def measure(keep, spared=None):
+        spared = None if spared is None else torch.cat(spared).numpy()
+        return coco.average_precision(by_class, torch.cat(keep).numpy(), max_dets, matched, spared)
 
     return duplicates.diagnose(pictures, measure, progress)
 
@@ -289,7 +290,9 @@ def diagnose_crowd(pictures, detections, max_dets, progress=iter):
                                       torch.zeros(len(boxes), dtype=torch.long), objects,
                                       torch.zeros(len(objects), dtype=torch.long)))
 
-    def measure(keep):
+    def measure(keep, spared=None):
+        if spared is not None:               # at one IoU the first detection is the one that hits
+            keep = [k & ~s for k, s in zip(keep, spared)]
         left = {name: listed[name][k.numpy()] for name, k in zip(listed, keep)}
         return crowd.crowd_metrics(pictures, left, max_dets, jaccard=False)
 
@@ -305,8 +308,8 @@ def describe_diagnosis(found):
             f"detections", " " * 14 + "".join(f"{name:>8}" for name in names)]
     text += [f"{title:14}" + "".join(f"{row[name]:8.1f}" for name in names)
              for title, row in rows.items()]
-    text.append("(no duplicates: an oracle leaves of each object its highest-scored detection; NMS "
-                "can do better where it spares a second one that lies better)")
+    text.append("(no duplicates: an object's further detections may hit it, but do not count as "
+                "false: what an NMS could reach that knows the objects)")
     per_object = ", ".join(f"{value:.2f} above {score}" for score, value in
                            found["duplicates per object"].items())
     text.append(f"duplicates an object: {per_object}")
@@ -365,12 +368,14 @@ def run_nms(args):
     else:
         found = diagnose(*read_case(args.gt, args.dt), args.max_dets or 100, bar)
 
+    if found["first score"] and not 0 <= found["first score"][0] <= found["first score"][2] <= 1:
+        print("scores are expected between 0 and 1: the score gaps below are of another scale")
     name = "AP" if "AP" in found else "AP50"
     found["verdict"] = duplicates.verdict(found, name)
     print(f"{describe_diagnosis(found)}\n{found['verdict']}")
     folder.mkdir(parents=True, exist_ok=True)
     runs.write_json(folder / "nms.json", found, indent=1)
-    title = figures.row_name(folder) if args.weights else Path(args.dt).name
+    title = figures.row_name(Path(args.weights).parent) if args.weights else Path(args.dt).name
     figures.nms_curves({title: found}, folder / "nms.png")
     print(f"wrote {folder / 'nms.json'} and {folder / 'nms.png'}")
 

@@ -130,11 +130,28 @@ def row_name(run, with_seed=True):
         rule = "one-to-many"
     else:
         rule = "one-to-one" if flags["assign"] == "hungarian" else flags["assign"]
+        if flags.get("cost"):
+            rule += f", cost {flags['cost']}"
         if "class_cost" in flags:                    # else the rule judges what it was made for
             rule += ", class cost, " if flags["class_cost"] else ", location only, "
             rule += flags["location_cost"].replace("predefined", "pre-defined")
     seed = f", seed {flags['seed']}" if flags["seed"] and with_seed else ""
     return f"{flags['detector']}, {rule}{seed}"
+
+
+def titles(runs):
+    """A title of each run, and what tells it from others but for its seed."""
+    free = "seed", "out", "versions", "processes", "precision", "device", "keep_checkpoints"
+    kinds = {}
+    for run in runs:
+        file = Path(run) / "args.json"
+        flags = json.loads(file.read_text()) if file.exists() else {"folder": str(run)}
+        kinds[run] = json.dumps({k: v for k, v in flags.items() if k not in free}, sort_keys=True)
+    names = {run: row_name(run, with_seed=False) for run in runs}
+    for run, name in list(names.items()):    # one name, other flags: the folder tells them apart
+        if len({kinds[other] for other in runs if row_name(other, with_seed=False) == name}) > 1:
+            names[run] = f"{name} ({Path(run).name})"
+    return names, kinds
 
 
 def column(rows, name):
@@ -149,13 +166,13 @@ def learning_curves(runs, file):
     eval.csv; below the score gap and the share of positives that moved, from log.csv.  Lines are
     means over the seeds, bands their range.
     """
-    groups = {}
+    groups, (names, kinds) = {}, titles(runs)
     for run in runs:
-        name, seed = row_name(run, with_seed=False), row_name(run)
+        name = next(names[other] for other in runs if kinds[other] == kinds[run])
         tables = [read_table(Path(run) / "eval.csv"), []]
         if (Path(run) / "log.csv").exists():
             tables[1] = read_table(Path(run) / "log.csv")
-        groups.setdefault(name if len(runs) > 1 else seed, []).append(tables)
+        groups.setdefault(name if len(runs) > 1 else row_name(run), []).append(tables)
     crowds = "mMR" in groups[next(iter(groups))][0][0][0]
     plots = [("AP50", "recall") if crowds else ("AP", "AP50"), ("gap", "moved")]
     words = {"gap": "score gap, median of a batch", "moved": "positives that moved, percent"}
@@ -240,8 +257,11 @@ def nms_curves(diagnoses, file):
 
 
 def nms_of_runs(runs, file):
-    nms_curves({row_name(run): json.loads((Path(run) / "nms.json").read_text()) for run in runs},
-               file)
+    names = {run: row_name(run) for run in runs}
+    for run, name in list(names.items()):
+        if list(names.values()).count(name) > 1:
+            names[run] = f"{name} ({Path(run).name})"
+    nms_curves({names[run]: json.loads((Path(run) / "nms.json").read_text()) for run in runs}, file)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -264,8 +284,8 @@ def trained(run, split="val", file="last.pt"):
     flags = checkpoint["args"]
     known = annotations.read_annotations(*data.locate(flags, split), flags.get("drop_bad_boxes"))
     pictures = data.Pictures(known, data.Transform(**checkpoint["test_transform"]))
-    title = row_name(run) if (Path(run) / "args.json").exists() else Path(run).name
-    return Trained(title, checkpoint["step"], model.eval(), losses.row(flags), flags, pictures)
+    return Trained(row_name(run), checkpoint["step"], model.eval(), losses.row(flags), flags,
+                   pictures)
 
 
 def stages(run, split="val"):
@@ -279,7 +299,8 @@ def look(detector, i):
     """The Prediction for a picture, its target, and the positives that its row would choose."""
     images, mask, targets = data.collate([detector.pictures[0, i]])
     prediction = detector.model(images, mask)
-    matches = assign.match(prediction, targets, detector.row.cost, detector.row.strategy)
+    matches = assign.match(prediction, targets, detector.row.cost, detector.row.strategy,
+                           min(1.0, detector.step / detector.flags["steps"]))
     return prediction.image(0), targets[0], matches[0][0]
 
 
@@ -320,6 +341,8 @@ def score_histograms(runs, file, image=None, count=200):
             alone = with_objects(pictures, 1, 1) or with_objects(pictures, 1)
             i = index_of(pictures, image) if image is not None else alone[0]
             one, target, match = look(detector, i)
+            if not len(target["boxes"]):
+                raise ValueError(f"image {target['image_id']}: holds no object")
             scores = positives.class_scores(one)[:, target["labels"][0]]
             first, second = scores.topk(2).values.tolist()
             label = f"{detector.title}, step {detector.step}"
@@ -389,6 +412,8 @@ def positive_samples(runs, file, image=None, count=6, counted=300):
     if silhouettes and not silhouettes.polygons:
         silhouettes = None
     some = with_objects(pictures, 1)[:counted]
+    if image is not None and index_of(pictures, image) not in some:
+        some.append(index_of(pictures, image))
     drawn, told = [], []
     for detector in detectors:
         cells = [positives_on_picture(detector, silhouettes, i) for i in some]
@@ -416,17 +441,17 @@ def cost_and_choice(runs, file, image=None, shown=14):
     """What the strategies see in one picture: the cost matrix, what each chooses, the score map."""
     detector = trained(runs[0])
     pictures = detector.pictures
-    i = index_of(pictures, image) if image is not None else with_objects(pictures, 2, 3)[0]
+    few = with_objects(pictures, 2, 3) or with_objects(pictures, 1)
+    i = index_of(pictures, image) if image is not None else few[0]
     one, target, _ = look(detector, i)
     if not len(target["boxes"]):
         raise ValueError(f"image {target['image_id']}: holds no object")
-    cost = detector.row.cost(one, target)
+    cost = assign.price(detector.row.cost, one, target, detector.step / detector.flags["steps"])
     chosen = {name: strategy(cost) for name, strategy in
               (("hungarian", assign.hungarian), ("min-cost", assign.min_cost),
                ("top-k (9)", assign.top_k))}
     cheapest = [cost[:, g].argsort()[:shown] for g in range(cost.shape[1])]
-    rows = torch.stack(cheapest, 1).flatten().unique_consecutive().tolist()
-    rows = list(dict.fromkeys(rows))[:2 * shown]
+    rows = list(dict.fromkeys(torch.stack(cheapest, 1).flatten().tolist()))[:2 * shown]
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 5),
                                                  gridspec_kw={"width_ratios": (1, 1.2, 1)})
@@ -486,7 +511,7 @@ def hero(runs, file, image=None, count=4, threshold=0.3):
         known = annotations.read_annotations(*data.locate(flags, "val"),
                                              flags.get("drop_bad_boxes"))
         pictures = data.Pictures(known, data.Transform())
-        several = with_objects(pictures, 3, 5)
+        several = with_objects(pictures, 3, 5) or with_objects(pictures, 1)
         some = [index_of(pictures, image)] if image is not None else several[:count]
         label_of = {category: label for label, category in enumerate(known.category_ids)}
         of_image = {}
@@ -509,7 +534,10 @@ def wandering(runs, file, image=None, count=3):
     """The positives of a few training pictures over the kept checkpoints, as a GIF."""
     detectors = [stages(run, "train") for run in runs]
     pictures = detectors[0][0].pictures
-    some = with_objects(pictures, 2, 3)[:count]
+    some = (with_objects(pictures, 2, 3) or with_objects(pictures, 1))[:count]
+    if len({len(kept) for kept in detectors}) > 1:
+        raise ValueError("the runs did not keep the same number of checkpoints; give all of them "
+                         "the same --keep-checkpoints")
     if image is not None:
         some = [index_of(pictures, image)]
     frames = []

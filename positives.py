@@ -9,12 +9,14 @@ tell):
                 class: 1 is the highest (Figure 5: with classification cost it is, without not)
     positives   positive samples an object
     shared      predictions that are the positive of more than one object
-    moved       percent of the objects that have another positive than when their picture was seen
-                last: the matching is not stable.  For one-to-one assignment.
+    moved       percent of the objects whose positive lies more than a grid step from where it lay
+                when their picture was seen last: the matching is not stable.  Of objects with one
+                positive
     background  percent of the positives whose grid point or anchor's centre lies on no creature
                 (Observation 3.5).  Where silhouettes are known: the embedded scenes.
 """
 import json
+import math
 
 import numpy as np
 import torch
@@ -115,6 +117,8 @@ class Watch:
             objects = target["objects"].tolist()
             at = places(prediction, target, match).tolist()
             now = {objects[g]: place for g, place in zip(match.object.tolist(), at)}
+            if len(now) < len(at):                       # several positives an object
+                continue
             before = seen.get(target["image_id"], {})
             for g in now.keys() & before.keys():
                 (x, y, stride), (was_x, was_y, was_stride) = now[g], before[g]
@@ -141,7 +145,8 @@ class Watch:
                 size = target["original_size"].tolist()
                 on_object.append(self.silhouettes.on_object(target["image_id"], size, points))
 
-        values = {"gap": torch.cat(gaps).nanmedian().item() if gaps else None,
+        gap = torch.cat(gaps).nanmedian().item() if gaps else math.nan
+        values = {"gap": None if math.isnan(gap) else gap,
                   "rank": torch.cat(place).float().median().item() if sum(map(len, place))
                   else None,
                   "positives": sum(map(len, place)) / objects if objects else None,

@@ -12,19 +12,21 @@ is x = [x̂, 1] with |x̂| <= 1, the classifier w = [ŵ, b], and sign(wᵀx) wha
 
 What the paper states, in our words, and where it is checked:
 
-    Proposition 4.2  At every step, keep ŵ and move the bias half-way between the highest and the
-        second-highest score: that classifier w* = [ŵ, γ] is right on all samples with a margin δ.
-        The score gap (Eq. 6) is 2δ.                                              `feasible`
+    Proposition 4.2  At every step there is a bias γ with which w* = [ŵ, γ] is right on all samples,
+        with a margin δ.  (Half-way between the highest and the second-highest score is the best
+        one; the score gap, Eq. 6, is then 2δ.)                                   `feasible`
     Theorem 4.3  If the step size can always be chosen so that an inequality holds (`assumption`),
         the number of updates is bounded: exactly one positive prediction is reached.
     Remark 4.4  A fixed positive need not be separable from the rest by a line; then no number of
-        updates is enough, and several samples stay positive.
+        updates is enough.  (In the runs here the classifier then swings between none and many.)
 
 The bound that Theorem 4.3 prints cannot be read in our copy of the paper, so it is not here.  What
 follows from its assumption can be derived in three lines, and is checked at every step (`grows`):
-wᵀw* grows by more than 2ηδ.  That alone does not bound the number of updates, since w* moves with w
-and may grow as well; but it rules out cycles: whoever comes back to the same w did not grow.  In
-the runs the assumption fails at many steps and yet nearly all arrive: it is sufficient, not needed.
+wᵀw* grows by more than 2ηδ.  (The derivation wants |x̂|² in the assumption, where the paper's x may
+be read either way.)  That alone bounds nothing, since w* moves with w and grows as well; but it
+rules out cycles: whoever comes back to the same w did not grow.  In the runs, which do not choose
+their step sizes to please it, the assumption fails at many steps, and yet nearly all arrive: it is
+not needed.
 """
 import argparse
 from typing import NamedTuple
@@ -238,8 +240,13 @@ def main():
     parser.add_argument("--seeds", type=int, default=100, metavar="N", help="default: 100")
     parser.add_argument("--picture", metavar="PNG", help="only draw the picture into this file")
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
     if args.picture:
-        picture(args.picture)
+        try:
+            picture(args.picture)
+        except OSError as error:
+            parser.error(error)
         print(f"wrote {args.picture}")
     else:
         survey(args.seeds)

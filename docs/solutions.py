@@ -43,8 +43,10 @@ def two_predictions(cost):
     return q, g % max(1, cost.shape[1])
 
 
-def auction(cost, epsilon=1e-4):
-    """5: objects bid for predictions (Bertsekas); within G epsilon of the cheapest in total.
+def auction(cost, epsilon=1e-3):
+    """5: objects bid for predictions (Bertsekas); within G steps of the cheapest in total.
+
+    A step is epsilon times the largest cost.
 
     Each object also has a prediction of its own that is dearer than all: who ends there has none.
     Ties can make two answers equally good, and then the order decides.
@@ -53,8 +55,8 @@ def auction(cost, epsilon=1e-4):
     if not Q or not G:
         return torch.zeros(2, 0, dtype=torch.long).unbind()
     allowed = cost.isfinite()
-    scale = float(cost[allowed].abs().max()) if allowed.any() else 1.0
-    dear = 4 * (scale + 1) * (G + 1)
+    scale = max(1e-6, float(cost[allowed].abs().max()) if allowed.any() else 0.0)
+    dear = 3 * scale                                     # than any swap of two pairs saves
     own = torch.where(torch.eye(G, dtype=torch.bool), dear, 4 * dear)
     value = -torch.cat([torch.where(allowed, cost, torch.tensor(4 * dear)), own]).double()
     price, owner = torch.zeros(Q + G, dtype=torch.float64), torch.full((Q + G,), -1)
@@ -93,6 +95,6 @@ def task_aligned(one, target, a=1.0, b=6.0):
 
 
 def many_early_one_late(cost, progress=1.0):
-    """8: six predictions an object at first, one from 70% of training on."""
-    k = round(6 * (1 - progress / 0.7))
+    """8: six predictions an object at first, fewer and fewer, one from half of training on."""
+    k = round(6 * (1 - progress / 0.6))
     return assign.top_k(cost, k) if k > 1 else assign.hungarian(cost)

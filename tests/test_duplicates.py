@@ -17,7 +17,7 @@ FOUND = [detection((0, 0, 100, 100), 0.9), detection((0, 10, 100, 100), 0.8),   
          detection((200, 200, 100, 100), 0.5), detection((400, 0, 50, 50), 0.7)]
 
 
-def diagnosis(folder, truth, found, *flags):
+def diagnosis(folder, truth, found):
     """What `evaluate.py nms` writes."""
     (folder / "gt.json").write_text(json.dumps(truth))
     (folder / "dt.json").write_text(json.dumps(found))
@@ -71,9 +71,10 @@ def test_neighbours_that_nms_loses(tmp_path):
 def test_nothing_found_and_nothing_to_find(tmp_path):
     found = diagnosis(tmp_path, ground_truth(OBJECTS), [])
     assert found["found"] == 0 and found["score gap"] is None and found["AP"] == 0
-    assert "nothing is found" in duplicates.verdict(found)
+    assert duplicates.verdict(found) == "cannot be told: nothing is found."
     found = diagnosis(tmp_path, ground_truth([]), FOUND)
     assert found["objects"] == 0 and found["AP"] == -1
+    assert duplicates.verdict(found) == "cannot be told: no objects."
     evaluate.describe_diagnosis(found)
 
 
@@ -110,6 +111,27 @@ def test_random_cases_against_a_slow_version(tmp_path, seed):
     assert sum(ours["score gaps"]) == len(gaps)
 
 
+def test_nms_does_not_let_one_class_suppress_another_left_of_the_picture(tmp_path):
+    found = diagnosis(tmp_path, ground_truth([(1, 1, (0, 0, 10, 10))], category_ids=(1, 2)),
+                      [detection((-11, -11, 10, 10), 0.9, category=2),
+                       detection((0, 0, 10, 10), 0.5)])
+    assert found["lost to NMS at 0.5"] == 0
+
+
+def test_duplicates_that_cost_nothing_may_still_hit(tmp_path):
+    """The first box has IoU 0.6, the second 1: without the first as a mistake AP is 100."""
+    truth = ground_truth([(1, 1, (0, 0, 100, 100))])
+    found = diagnosis(tmp_path, truth, [detection((0, 25, 100, 100), 0.9),
+                                        detection((0, 0, 100, 100), 0.8),
+                                        detection((0, 1, 100, 100), 0.7)])
+    # at IoU 0.65 and more the first is a mistake before the hit: precision 1/2
+    assert found["AP"] == pytest.approx((3 * 100 + 7 * 50) / 10)
+    assert found["oracle"]["AP"] == pytest.approx((3 * 100 + 7 * 50) / 10)
+    only = diagnosis(tmp_path, truth, [detection((0, 0, 100, 100), 0.9),
+                                       detection((0, 25, 100, 100), 0.8)])
+    assert only["oracle"]["AP"] == 100
+
+
 def test_the_order_of_the_list_does_not_matter(tmp_path):
     truth, found = random_case(1)
     shuffled = random.Random(0).sample(found, len(found))
@@ -126,7 +148,7 @@ def test_ranks_of_ties_follow_the_list():
                                        (0.5, "end-to-end"), (-2.0, "end-to-end")])
 def test_the_verdict_and_its_thresholds(gain, word):
     found = {"AP": 40.0, "nms": {"0.5": {"AP": 40 + gain}, "0.9": {"AP": 40.0}}, "found": 3,
-             "score gap": [0.1, 0.2, 0.3]}
+             "objects": 3, "score gap": [0.1, 0.2, 0.3]}
     said = duplicates.verdict(found)
     assert said.startswith(word) and "0.20" in said
     assert ("costs 2.0" in said) == (gain == -2.0)

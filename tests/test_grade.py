@@ -42,7 +42,7 @@ def f(one, target):
 """
 
 
-def graded(folder, text, *words):
+def graded(folder, text):
     (folder / "my.py").write_text(text)
     function = grade.ideas.load("", f"{folder / 'my.py'}:f")
     return {rule: (points, wrong) for rule, _, points, _, wrong in grade.contract(function)}

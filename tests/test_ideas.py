@@ -88,7 +88,7 @@ def test_a_cost_of_ones_own_is_told_what_is_wrong(tmp_path, text, words):
         match(*random_batch((3,), aux=0), mine, assign.hungarian)
 
 
-def test_progress_is_told_to_those_who_ask(tmp_path):
+def test_progress_is_told_to_those_who_ask():
     seen = []
 
     def strategy(cost, progress):
