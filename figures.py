@@ -241,7 +241,7 @@ def nms_curves(diagnoses, file):
         left.plot(at, [figures[name] for figures in found["nms"].values()], f"C{n}o-", label=title)
         left.axhline(found[name], color=f"C{n}", linestyle="--", label="    without NMS")
         left.axhline(found["oracle"][name], color=f"C{n}", linestyle=":",
-                     label="    without NMS, duplicates removed by an oracle")
+                     label="    without NMS, if duplicates cost nothing")
         share = torch.tensor(found["score gaps"]) / max(found["found"], 1) * 100
         right.stairs(share, torch.linspace(0, 1, len(share) + 1), color=f"C{n}", linewidth=2)
     left.set(xlabel="IoU threshold of NMS", ylabel=f"{name} in percent", ylim=(0, None))
@@ -294,6 +294,13 @@ def stages(run, split="val"):
     return [trained(run, split, file.name) for file in kept]
 
 
+def early_middle_late(kept):
+    """The stages nearest to a tenth, a half and all of the schedule; the paper names no numbers."""
+    steps = kept[0].flags["steps"]
+    nearest = [min(kept, key=lambda one: abs(one.step - share * steps)) for share in (0.1, 0.5, 1)]
+    return list({one.step: one for one in nearest}.values())
+
+
 @torch.no_grad()
 def look(detector, i):
     """The Prediction for a picture, its target, and the positives that its row would choose."""
@@ -321,14 +328,14 @@ def with_objects(pictures, least, most=99):
 
 
 def score_histograms(runs, file, image=None, count=200):
-    """Figure 4; Figure 5 for runs that kept checkpoints: a row of plots for each of their stages.
+    """Figure 4; for runs that kept checkpoints Figure 5: early, middle, late, a row of plots each.
 
     Left the scores of the samples of one picture for its object's class, the positives marked;
     right the best scores of the samples of `count` validation pictures.  Scores are divided by the
     highest of their plot and run, the count axis is cut at 10,000, as in the paper.
     Returns lines of text with the figures behind it.
     """
-    detectors = [stages(run) for run in runs]
+    detectors = [early_middle_late(stages(run)) for run in runs]
     if len({len(kept) for kept in detectors}) > 1:
         raise ValueError("the runs did not keep the same number of checkpoints; give all of them "
                          "the same --keep-checkpoints")
@@ -433,7 +440,7 @@ def positive_samples(runs, file, image=None, count=6, counted=300):
     for row, line in zip(rows, told):
         sheet = contact_sheet(row, columns=len(row))
         sheets.append(caption(sheet, line))
-    contact_sheet(sheets, columns=1).save(file)
+    contact_sheet(sheets, columns=1).quantize(255).save(file)
     return told
 
 
@@ -503,7 +510,7 @@ def cost_and_choice(runs, file, image=None, shown=14):
     plt.close(figure)
 
 
-def hero(runs, file, image=None, count=4, threshold=0.3):
+def hero(runs, file, image=None, count=4, threshold=0.2):
     """The same validation pictures, a row a run, all without NMS: many, some, one box an object."""
     sheets = []
     for run in runs:
@@ -527,7 +534,7 @@ def hero(runs, file, image=None, count=4, threshold=0.3):
                                     side=256))
         line = f"{row_name(run)}: without NMS, score >= {threshold}"
         sheets.append(caption(contact_sheet(cells, columns=len(cells)), line))
-    contact_sheet(sheets, columns=1).save(file)
+    contact_sheet(sheets, columns=1).quantize(255).save(file)
 
 
 def wandering(runs, file, image=None, count=3):
