@@ -327,6 +327,25 @@ def with_objects(pictures, least, most=99):
     return [i for i, count in enumerate(counts) if least <= count <= most]
 
 
+def chosen_picture(pictures, image, least, most):
+    """The number of the picture `image`, or of the first with so many objects; or ValueError."""
+    holding = with_objects(pictures, 1)
+    if image is None:
+        return (with_objects(pictures, least, most) or holding)[0]
+    i = index_of(pictures, image)
+    if i not in holding:
+        raise ValueError(f"image {image}: holds no object")
+    return i
+
+
+def in_step(detectors):
+    """The stages of several runs side by side.  Raises ValueError if they are not as many."""
+    if len({len(kept) for kept in detectors}) > 1:
+        raise ValueError("the runs did not keep the same number of checkpoints; give all of them "
+                         "the same --keep-checkpoints")
+    return list(zip(*detectors))
+
+
 def score_histograms(runs, file, image=None, count=200):
     """Figure 4; for runs that kept checkpoints Figure 5: early, middle, late, a row of plots each.
 
@@ -335,21 +354,13 @@ def score_histograms(runs, file, image=None, count=200):
     highest of their plot and run, the count axis is cut at 10,000, as in the paper.
     Returns lines of text with the figures behind it.
     """
-    detectors = [early_middle_late(stages(run)) for run in runs]
-    if len({len(kept) for kept in detectors}) > 1:
-        raise ValueError("the runs did not keep the same number of checkpoints; give all of them "
-                         "the same --keep-checkpoints")
-    rows = list(zip(*detectors))
+    rows = in_step([early_middle_late(stages(run)) for run in runs])
     figure, axes = plt.subplots(len(rows), 2, figsize=(11, 3.2 * len(rows)), squeeze=False)
     bins, told = np.linspace(0, 1, 51), []
     for (left, right), row in zip(axes, rows):
         for n, detector in enumerate(row):
             pictures = detector.pictures
-            alone = with_objects(pictures, 1, 1) or with_objects(pictures, 1)
-            i = index_of(pictures, image) if image is not None else alone[0]
-            one, target, match = look(detector, i)
-            if not len(target["boxes"]):
-                raise ValueError(f"image {target['image_id']}: holds no object")
+            one, target, match = look(detector, chosen_picture(pictures, image, 1, 1))
             scores = positives.class_scores(one)[:, target["labels"][0]]
             first, second = scores.topk(2).values.tolist()
             label = f"{detector.title}, step {detector.step}"
@@ -448,11 +459,8 @@ def cost_and_choice(runs, file, image=None, shown=14):
     """What the strategies see in one picture: the cost matrix, what each chooses, the score map."""
     detector = trained(runs[0])
     pictures = detector.pictures
-    few = with_objects(pictures, 2, 3) or with_objects(pictures, 1)
-    i = index_of(pictures, image) if image is not None else few[0]
+    i = chosen_picture(pictures, image, 2, 3)
     one, target, _ = look(detector, i)
-    if not len(target["boxes"]):
-        raise ValueError(f"image {target['image_id']}: holds no object")
     cost = assign.price(detector.row.cost, one, target, detector.step / detector.flags["steps"])
     chosen = {name: strategy(cost) for name, strategy in
               (("hungarian", assign.hungarian), ("min-cost", assign.min_cost),
@@ -542,13 +550,10 @@ def wandering(runs, file, image=None, count=3):
     detectors = [stages(run, "train") for run in runs]
     pictures = detectors[0][0].pictures
     some = (with_objects(pictures, 2, 3) or with_objects(pictures, 1))[:count]
-    if len({len(kept) for kept in detectors}) > 1:
-        raise ValueError("the runs did not keep the same number of checkpoints; give all of them "
-                         "the same --keep-checkpoints")
     if image is not None:
         some = [index_of(pictures, image)]
     frames = []
-    for row in zip(*detectors):
+    for row in in_step(detectors):
         sheets = []
         for detector in row:
             cells = [positives_on_picture(detector, None, i, side=192)[0] for i in some]

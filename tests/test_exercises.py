@@ -11,11 +11,11 @@ import ideas
 
 ROOT = Path(assign.__file__).parent
 PAGE = (ROOT / "docs" / "exercises.md").read_text()
-SOLUTIONS = re.findall(r"^def (\w+)", (ROOT / "docs" / "solutions.py").read_text(), re.M)
+SOLUTIONS = re.findall(r"^def (\w+)", (ROOT / "tests" / "solutions.py").read_text(), re.M)
 
 
 def solution(name):
-    return ideas.load("", f"{ROOT}/docs/solutions.py:{name}")
+    return ideas.load("", f"{ROOT}/tests/solutions.py:{name}")
 
 
 def test_the_staircase_is_right():

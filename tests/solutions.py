@@ -1,4 +1,4 @@
-"""Solutions of docs/exercises.md.  `python grade.py docs/solutions.py:greedy` grades one."""
+"""Solutions of docs/exercises.md.  `python grade.py tests/solutions.py:greedy` grades one."""
 import torch
 from torchvision.ops import box_iou
 
