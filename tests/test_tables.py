@@ -143,7 +143,9 @@ def test_an_evaluation_on_the_way_is_no_finished_run(collected, tmp_path):
     """It leaves metrics.json too; and one killed before the last metrics.json leaves a row."""
     folder = made_up(tmp_path, "fcos", E2E, 0, {"AP": (40, 40), "AP50": (60, 60)})
     row = (folder / "eval.csv").read_text()
-    for other in (row.replace("\n4500", "\n900"), row + "4500,61\n"):
+    steps = json.loads((folder / "args.json").read_text())["steps"]
+    assert f"\n{steps}," in row
+    for other in (row.replace(f"\n{steps}", "\n900"), row + f"{steps},61\n"):
         (folder / "eval.csv").write_text(other)
         assert runs.finished(folder) is None
     (folder / "eval.csv").write_text("step,AP50\n900,20\n" + row.splitlines()[1] + "\n")
