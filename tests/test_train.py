@@ -352,7 +352,7 @@ def test_an_edit_of_assign_py_on_disk_acts_in_training(tiny_scenes, tmp_path):
     """The course's sentence, "change one function in assign.py", taken at its word."""
     house = tmp_path / "house"
     house.mkdir()
-    for file in ROOT.glob("*.py"):
+    for file in [*ROOT.glob("*.py"), ROOT / "tiny.pt"]:
         shutil.copy(file, house)
     text = (house / "assign.py").read_text()
     head, body = text.split("def hungarian(cost):\n")
