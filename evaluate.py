@@ -490,28 +490,21 @@ def add_checkpoint_flags(parser, out):
 def main():
     parser = make_parser()
     args = parser.parse_args()
+    faults = annotations.DataError, checkpoints.CheckpointError, OSError
     try:
-        if args.command == "results":
-            run_results(args)
-        elif args.command == "annotations":
-            run_annotations(args)
-        elif args.command == "nms":
-            if bool(args.weights) == bool(args.gt and args.dt):
-                parser.error("nms wants --weights last.pt, or --gt and --dt")
-            run_nms(args)
-        elif args.weights:
-            run_checkpoint(args)
-        else:
-            parser.error("give --weights last.pt, or the sub-command results")
-    except (annotations.DataError, checkpoints.CheckpointError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        words = runs.machine_fault(error)
-        if not words:
-            raise
-        print(f"evaluate.py: {words}", file=sys.stderr)
-        sys.exit(2)
+        with runs.faults_told("evaluate.py", *faults):
+            if args.command == "results":
+                run_results(args)
+            elif args.command == "annotations":
+                run_annotations(args)
+            elif args.command == "nms":
+                if bool(args.weights) == bool(args.gt and args.dt):
+                    parser.error("nms wants --weights last.pt, or --gt and --dt")
+                run_nms(args)
+            elif args.weights:
+                run_checkpoint(args)
+            else:
+                parser.error("give --weights last.pt, or the sub-command results")
     finally:
         data.end_workers()
 

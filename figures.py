@@ -13,6 +13,7 @@ A RUN is a folder of train.py.
 import argparse
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -87,17 +88,30 @@ def training_pictures(pictures, file, count=12):
     contact_sheet(cells, columns=4).save(file)
 
 
+def above(detections, threshold):
+    """{image id: its detections that score at least `threshold`}, of COCO result dicts."""
+    of_image = {}
+    for d in detections:
+        if d["score"] >= threshold:
+            of_image.setdefault(d["image_id"], []).append(d)
+    return of_image
+
+
+def draw_detections(picture, found, a, class_names, with_scores=True, side=384):
+    """The picture with detections on it.  found: COCO result dicts   a: their Annotations"""
+    boxes = [(x, y, x + w, y + h) for x, y, w, h in (d["bbox"] for d in found)]
+    labels = [a.category_ids.index(d["category_id"]) for d in found]
+    scores = [d["score"] for d in found] if with_scores else None
+    return draw_boxes(picture, boxes, labels, class_names, scores, side)
+
+
 def detections_beside_truth(pictures, detections, file, count=12, threshold=0.3):
     """Pairs of pictures, left the ground truth, right the detections above `threshold`.
 
     pictures: data.Pictures   detections: COCO result dicts (evaluate.detect)
     """
     a = pictures.annotations
-    label_of = {category: label for label, category in enumerate(a.category_ids)}
-    of_image = {}
-    for d in detections:
-        if d["score"] >= threshold:
-            of_image.setdefault(d["image_id"], []).append(d)
+    of_image = above(detections, threshold)
 
     # pictures from the whole set, evenly, since neighbours in a file are often alike
     cells = []
@@ -110,11 +124,7 @@ def detections_beside_truth(pictures, detections, file, count=12, threshold=0.3)
         truth = draw_boxes(picture, a.boxes[rows].tolist(), labels, a.class_names)
         cells.append(caption(truth, f"{name}: ground truth"))
 
-        found = of_image.get(a.image_ids[i], [])
-        boxes = [(x, y, x + w, y + h) for x, y, w, h in (d["bbox"] for d in found)]
-        labels = [label_of[d["category_id"]] for d in found]
-        scores = [d["score"] for d in found]
-        ours = draw_boxes(picture, boxes, labels, a.class_names, scores)
+        ours = draw_detections(picture, of_image.get(a.image_ids[i], []), a, a.class_names)
         cells.append(caption(ours, f"{name}: detections, no NMS, score >= {threshold}"))
     contact_sheet(cells, columns=6).save(file)
 
@@ -320,7 +330,7 @@ def index_of(pictures, image):
     return names.index(str(image))
 
 
-def with_objects(pictures, least, most=99):
+def with_objects(pictures, least, most=math.inf):
     """The numbers of the pictures with so many objects, crowd regions not counted."""
     a = pictures.annotations
     counts = [int((~a.crowd[a.first[i]:a.first[i + 1]]).sum()) for i in range(len(a))]
@@ -393,28 +403,30 @@ def ring(canvas, at, colour, radius=9):
     pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
 
 
-def positives_on_picture(detector, silhouettes, i, side=256):
-    """A training picture with its objects' boxes and positives; yellow: on the background.
-
-    Returns the picture, and which of the positives lie on an object (K,).
-    """
+def where_positives_lie(detector, silhouettes, i):
+    """Points of the positives in the original picture (K, 2), and which are on an object (K,)."""
     one, target, match = look(detector, i)
     if one.candidates is None:
         raise ValueError(f"{detector.title}: its object candidates are learned and lie nowhere; "
                          f"Figure 6 is of RetinaNet, CenterNet and FCOS")
     at = positives.places(one, target, match)[:, :2]
-    original = detector.pictures.picture(i)
     on_object = torch.ones(len(at), dtype=torch.bool)
     if silhouettes:
         size = target["original_size"].tolist()
         on_object = silhouettes.on_object(target["image_id"], size, at)
+    return at, on_object
+
+
+def positives_on_picture(detector, at, on_object, i, side=256):
+    """A training picture with its objects' boxes and positives; yellow: on the background."""
+    original = detector.pictures.picture(i)
     a = detector.pictures.annotations
     boxes = a.boxes[a.first[i]:a.first[i + 1]]
     canvas = draw_boxes(original, boxes.tolist(), [0] * len(boxes), [""], side=side)
     scale = canvas.width / original.width
     for point, good in zip((at * scale).tolist(), on_object.tolist()):
         ring(canvas, point, "red" if good else "yellow")
-    return canvas, on_object
+    return canvas
 
 
 def positive_samples(runs, file, image=None, count=6, counted=300):
@@ -432,21 +444,21 @@ def positive_samples(runs, file, image=None, count=6, counted=300):
     some = with_objects(pictures, 1)[:counted]
     if image is not None and index_of(pictures, image) not in some:
         some.append(index_of(pictures, image))
-    drawn, told = [], []
+    found, told = [], []
     for detector in detectors:
-        cells = [positives_on_picture(detector, silhouettes, i) for i in some]
-        on_object = torch.cat([on for _, on in cells])
+        found.append([where_positives_lie(detector, silhouettes, i) for i in some])
+        on_object = torch.cat([on for _, on in found[-1]])
         share = 100 * (1 - float(on_object.float().mean()))
         told.append(f"{detector.title}, step {detector.step}: {share:.1f}% of {len(on_object)} "
                     f"positives in {len(some)} training pictures lie on the background"
                     if silhouettes else f"{detector.title}: {pictures.annotations.json_file} "
                     f"knows no silhouettes")
-        drawn.append(cells)
 
-    chosen = [n for n, (_, on) in enumerate(drawn[0]) if not on.all()] or list(range(len(some)))
+    chosen = [n for n, (_, on) in enumerate(found[0]) if not on.all()] or list(range(len(some)))
     chosen = [some.index(index_of(pictures, image))] if image is not None else chosen[:count]
-    rows = [[caption(cells[n][0], f"image {pictures.annotations.image_ids[some[n]]}")
-             for n in chosen] for cells in drawn]
+    rows = [[caption(positives_on_picture(detector, *lie[n], some[n]),
+                     f"image {pictures.annotations.image_ids[some[n]]}") for n in chosen]
+            for detector, lie in zip(detectors, found)]
     sheets = []
     for row, line in zip(rows, told):
         sheet = contact_sheet(row, columns=len(row))
@@ -528,18 +540,10 @@ def hero(runs, file, image=None, count=4, threshold=0.2):
         pictures = data.Pictures(known, data.Transform())
         several = with_objects(pictures, 3, 5) or with_objects(pictures, 1)
         some = [index_of(pictures, image)] if image is not None else several[:count]
-        label_of = {category: label for label, category in enumerate(known.category_ids)}
-        of_image = {}
-        for d in json.loads((Path(run) / "detections.json").read_text()):
-            if d["score"] >= threshold:
-                of_image.setdefault(d["image_id"], []).append(d)
-        cells = []
-        for i in some:
-            found = of_image.get(known.image_ids[i], [])
-            boxes = [(x, y, x + w, y + h) for x, y, w, h in (d["bbox"] for d in found)]
-            labels = [label_of[d["category_id"]] for d in found]
-            cells.append(draw_boxes(pictures.picture(i), boxes, labels, [""] * len(label_of),
-                                    side=256))
+        of_image = above(json.loads((Path(run) / "detections.json").read_text()), threshold)
+        cells = [draw_detections(pictures.picture(i), of_image.get(known.image_ids[i], []), known,
+                                 [""] * len(known.class_names), with_scores=False, side=256)
+                 for i in some]
         line = f"{row_name(run)}: without NMS, score >= {threshold}"
         sheets.append(caption(contact_sheet(cells, columns=len(cells)), line))
     contact_sheet(sheets, columns=1).quantize(255).save(file)
@@ -556,7 +560,8 @@ def wandering(runs, file, image=None, count=3):
     for row in in_step(detectors):
         sheets = []
         for detector in row:
-            cells = [positives_on_picture(detector, None, i, side=192)[0] for i in some]
+            cells = [positives_on_picture(detector, *where_positives_lie(detector, None, i), i,
+                                          side=192) for i in some]
             sheets.append(caption(contact_sheet(cells, columns=len(cells)),
                                   f"{detector.title}, step {detector.step}"))
         frames.append(contact_sheet(sheets, columns=1).quantize(48))

@@ -396,10 +396,8 @@ def not_concerned(name, flags):
         fits += [f"{d} --assign one-to-many" for d in DENSE
                  if d not in fits and name in options_of(d, one_to_many=True)]
         return f"does not concern {detector}; it goes with {', '.join(fits)}"
-    if one_to_many and name in ("class_cost", "location_cost", "lambda_cls", "lambda_l1",
+    if one_to_many and name in ("cost", "class_cost", "location_cost", "lambda_cls", "lambda_l1",
                                 "lambda_iou"):
-        return "does not concern --assign one-to-many, the detector's original rule and losses"
-    if one_to_many and name == "cost":
         return "does not concern --assign one-to-many, the detector's original rule and losses"
     if flags.get("cost") and name in ("class_cost", "location_cost"):
         return f"does not concern --cost {flags['cost']}, which is the whole cost"
@@ -459,9 +457,9 @@ def effective_flags(given):
                              f"--init {given['out']}/last.pt")
         flags.update({name: value for name, value in given.items() if name in FREE_ON_RESUME})
     flags.setdefault("class_cost", flags["lambda_cls"])
-    if flags["backbone"] != "tiny" and "backbone_weights" not in {**saved, **given}:
-        if flags["backbone_weights"] == "tiny.pt":       # another backbone's
-            flags["backbone_weights"] = "none"
+    chosen = "backbone_weights" in {**saved, **given}
+    if not chosen and flags["backbone"] != "tiny" and flags["backbone_weights"] == "tiny.pt":
+        flags["backbone_weights"] = "none"               # the recipe's are another backbone's
 
     for name in given:
         why = not_concerned(name, flags)

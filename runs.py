@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -100,6 +101,22 @@ def signals_noted():
     finally:
         for n, handler in old.items():
             signal.signal(n, handler)
+
+
+@contextlib.contextmanager
+def faults_told(program, *kinds):
+    """Errors of these kinds, and what the machine lacks, become one sentence and exit code 2."""
+    try:
+        yield
+        return
+    except kinds as error:
+        words = error
+    except (RuntimeError, MemoryError) as error:
+        words = machine_fault(error)
+        if not words:
+            raise
+    print(f"{program}: {words}", file=sys.stderr)
+    sys.exit(2)
 
 
 def machine_fault(error):

@@ -381,32 +381,26 @@ def train(flags, checkpoint, given, process):
 def main(argv=None):
     given = vars(recipes.make_parser(__doc__).parse_args(argv))
     started, process = time.time(), None
+    faults = (recipes.UsageError, runs.RunError, TrainingStopped, annotations.DataError,
+              AssignError, checkpoints.CheckpointError, OSError)
     try:
-        flags, checkpoint = recipes.effective_flags(given)
-        process = runs.join_processes(flags.get("device"))
-        if flags["precision"] == "auto":
-            flags["precision"] = runs.native_precision(process.device)
-        recipes.check_flags(flags, process.world)
-        losses.row(flags)                    # a wrong name is told before anything is written
-        if not checkpoint:
-            flags["out"] = runs.claim_folder(flags.get("out"), recipes.run_name(flags), process)
-        repeat = {name: value for name, value in given.items()
-                  if value is not None and name not in ("resume", "out")}
-        result = train(flags, checkpoint, repeat, process)
+        with runs.faults_told("train.py", *faults):
+            flags, checkpoint = recipes.effective_flags(given)
+            process = runs.join_processes(flags.get("device"))
+            if flags["precision"] == "auto":
+                flags["precision"] = runs.native_precision(process.device)
+            recipes.check_flags(flags, process.world)
+            losses.row(flags)                # a wrong name is told before anything is written
+            if not checkpoint:
+                name = recipes.run_name(flags)
+                flags["out"] = runs.claim_folder(flags.get("out"), name, process)
+            repeat = {name: value for name, value in given.items()
+                      if value is not None and name not in ("resume", "out")}
+            result = train(flags, checkpoint, repeat, process)
     except (Interrupted, KeyboardInterrupt) as message:
         if process is None or process.is_main:
             print(f"train.py: {message or 'interrupted before the first step'}", file=sys.stderr)
         sys.exit(130)
-    except (recipes.UsageError, runs.RunError, TrainingStopped, annotations.DataError, AssignError,
-            checkpoints.CheckpointError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        words = runs.machine_fault(error)
-        if not words:
-            raise
-        print(f"train.py: {words}", file=sys.stderr)
-        sys.exit(2)
     finally:
         data.end_workers()
         if dist.is_initialized():
