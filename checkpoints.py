@@ -8,14 +8,19 @@ A checkpoint of train.py is a dict of plain values and tensors:
     watch                              what positives.Watch remembers
     args                               every flag in force
     class_names, category_ids          the data set's classes, in the order of the scores
+    pictures                           a digest of the training pictures' ids
     test_transform                     how pictures were resized in evaluation
 """
+import contextlib
+import io
 import os
 from pathlib import Path
 
 import torch
 import torchvision
 
+import data
+import runs
 from models import DENSE, ResNet, Tiny
 from queries import QUERY
 from variants import VARIANTS
@@ -55,13 +60,14 @@ def build(detector, num_classes, backbone, original=False, variant=None, norm="f
 # ------------------------------------------------------------------------------------------------
 
 def save_whole(content, file):
-    """torch.save that leaves the old file or the new one, never half of one."""
-    temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "wb") as stream:
-        torch.save(content, stream)
+    """torch.save that leaves the old file or the new one, never half of one.  Raises OSError."""
+    # in memory first: torch.save itself has no word for a full disk
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with runs.whole(file) as temporary, open(temporary, "wb") as stream:
+        stream.write(buffer.getbuffer())
         stream.flush()
         os.fsync(stream.fileno())
-    temporary.replace(file)
 
 
 def read(file, harmless=()):
@@ -116,22 +122,60 @@ def modernise(checkpoint, file):
     return checkpoint
 
 
+DAMAGED = "of another version of train.py, or damaged"
+# what must be in a checkpoint, by name and type: to build the detector, and to go on with its run
+OF_DETECTOR = {"build": dict, "model": dict, "class_names": list, "test_transform": dict,
+               "args": dict}
+OF_RUN = {**OF_DETECTOR, "category_ids": list, "optimizer": dict, "step": int, "buffers": list,
+          "random": list}
+
+
+@contextlib.contextmanager
+def understood(file):
+    """Around what uses a checkpoint's content: whatever that lets fail is a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:               # a checkpoint made by hand may let anything fail
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{file}: {DAMAGED}: {type(error).__name__}: {reason}") from None
+
+
+def check_layout(checkpoint, file, layout):
+    """Raises CheckpointError."""
+    wrong = [name for name, kind in layout.items() if type(checkpoint.get(name)) is not kind]
+    if wrong:
+        raise CheckpointError(f"{file}: {DAMAGED}, or not of train.py: it has no sound "
+                              f"{', '.join(wrong)}")
+    names, classes = checkpoint["class_names"], checkpoint["build"].get("num_classes")
+    if not all(type(name) is str for name in names) or len(names) != classes:
+        raise CheckpointError(f"{file}: {DAMAGED}: its {len(names)} class names are not those of "
+                              f"its detector")
+    with understood(file):
+        transform = data.Transform(**checkpoint["test_transform"])
+        if not all(type(side) is int and side > 0
+                   for side in (*transform.shortest, transform.longest)):
+            raise CheckpointError(f"{file}: {DAMAGED}: its test_transform holds no sizes")
+
+
+def read_run(file):
+    """The checkpoint of a run to go on with.  Raises CheckpointError."""
+    checkpoint = read(file)
+    check_layout(checkpoint, file, OF_RUN)
+    return checkpoint
+
+
 def load(file):
     """The detector that a checkpoint of train.py or convert.py describes, with its weights.
 
     Returns (model, checkpoint).  Raises CheckpointError.
     """
     checkpoint = read(file)
-    if not {"build", "model", "class_names", "test_transform", "args"} <= checkpoint.keys():
-        raise CheckpointError(f"{file}: not a checkpoint of train.py (it lacks the description of "
-                              f"the detector)")
-    try:
+    check_layout(checkpoint, file, OF_DETECTOR)
+    with understood(file):
         model = build(**checkpoint["build"])
         model.load_state_dict(checkpoint["model"])
-    # of another version, or made by hand
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: its weights do not fit its own description: "
-                              f"{type(error).__name__}: {error}") from None
     return model, checkpoint
 
 

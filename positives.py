@@ -96,17 +96,24 @@ class Silhouettes:
 class Watch:
     """The columns of a run.  Remembers the positives of its first PICTURES pictures.
 
-    state: what `state` was in an earlier sitting of the run
     strategy, say: what breaks the strategy's contract is said, once, by say(words)
     """
 
-    def __init__(self, silhouettes=None, state=None, strategy=None, say=print):
+    def __init__(self, silhouettes=None, strategy=None, say=print):
         self.silhouettes, self.say, self.said = silhouettes, say, set()
         self.name = getattr(strategy, "__name__", "assign")
         self.shares = getattr(strategy, "shares_predictions", False)
         # by image id and number of the object [x, y, stride]; and, since the last row, how many
         # positives moved and how many were compared
-        self.state = state or {"seen": {}, "moved": 0, "compared": 0}
+        self.state = {"seen": {}, "moved": 0, "compared": 0}
+
+    def go_on(self, state):
+        """From what `state` was in an earlier sitting.  Raises an error if it is no such thing."""
+        seen = {image: {int(g): [float(x), float(y), float(stride)]
+                        for g, (x, y, stride) in places.items()}
+                for image, places in state["seen"].items()}
+        self.state = {"seen": seen, "moved": int(state["moved"]),
+                      "compared": int(state["compared"])}
 
     def note(self, prediction, targets, matches):
         """To be called with every batch: its matches are compared with the last ones."""

@@ -5,9 +5,11 @@ form (RECIPES); the constructor's default (the published value); EVERYWHERE.  Th
 detector are those flags that its constructor knows.
 """
 import argparse
+import contextlib
 import difflib
 import inspect
-import math
+import io
+import shlex
 from pathlib import Path
 
 import checkpoints
@@ -344,8 +346,9 @@ def add_run_flags(g):
                    "file, converted, as --backbone-weights")
     g.add_argument("--out", metavar="DIR",
                    help="folder for everything (default: runs/ and a name made of the row)")
-    g.add_argument("--resume", action="store_true",
-                   help="go on from OUT/last.pt, exactly; flags not given are taken from it")
+    g.add_argument("--resume", nargs="?", const=True, choices=("auto",),
+                   help="go on from OUT/last.pt, exactly; flags not given are taken from it; auto: "
+                   "or start, where there is none yet, so that one command line survives restarts")
     g.add_argument("--init", metavar="FILE",
                    help="start from these weights only; what did not fit is listed")
     g.add_argument("--freeze", choices=("nothing", "location"), help="location: RetinaNet and FCOS "
@@ -376,8 +379,10 @@ def names_of(add_flags):
 
 
 OPTIONS = names_of(add_detector_flags)
-FREE_ON_RESUME = {"out", "resume", "init", "device", "workers", "log_every", "checkpoint_every",
-                  "keep_checkpoints"}
+# the machine, paths (the pictures' ids must agree), and what is written
+FREE_ON_RESUME = {"out", "resume", "init", "device", "workers", "accumulate", "data_dir",
+                  "train_json", "train_images", "val_json", "val_images", "log_every",
+                  "checkpoint_every", "eval_every", "keep_checkpoints"}
 
 
 def flag(name):
@@ -427,14 +432,13 @@ def effective_flags(given):
     """
     given = {name: value for name, value in given.items() if value is not None}
     saved, checkpoint = {}, None
-    if given["resume"]:
+    if given.get("resume"):
         if "out" not in given:
             raise UsageError("--resume needs --out, the folder of the run to go on with")
-        checkpoint = checkpoints.read(Path(given["out"]) / "last.pt")
-        saved = checkpoint.get("args")
-        if not saved:
-            raise checkpoints.CheckpointError(f"{given['out']}/last.pt: not a checkpoint of "
-                                              f"train.py")
+        file = Path(given["out"]) / "last.pt"
+        if given["resume"] != "auto" or file.exists():
+            checkpoint = checkpoints.read_run(file)
+            saved = saved_flags(checkpoint, file)
 
     # what names the recipe
     choice = {"detector": "fcos", "assign": EVERYWHERE["assign"], **saved, **given,
@@ -452,9 +456,11 @@ def effective_flags(given):
                    for name, value in given.items() if name not in FREE_ON_RESUME
                    and value not in (flags.get(name), "auto")]
         if changed:
+            schedule = ("; other --steps are another schedule of the learning rate"
+                        if given.get("steps", flags["steps"]) != flags["steps"] else "")
             raise UsageError(f"--resume continues the same run, but these flags changed: "
-                             f"{', '.join(changed)}; leave them out, or start a new run with "
-                             f"--init {given['out']}/last.pt")
+                             f"{', '.join(changed)}{schedule}; leave them out, or start a new run "
+                             f"with --init {shlex.quote(given['out'] + '/last.pt')}")
         flags.update({name: value for name, value in given.items() if name in FREE_ON_RESUME})
     flags.setdefault("class_cost", flags["lambda_cls"])
     chosen = "backbone_weights" in {**saved, **given}
@@ -468,6 +474,29 @@ def effective_flags(given):
     remember_own_files(flags)
     in_force = {name: flags[name] for name in flags if not not_concerned(name, flags)}
     return in_force, checkpoint
+
+
+def saved_flags(checkpoint, file):
+    """The flags that a checkpoint was trained with.  Raises CheckpointError.
+
+    They are put to the parser once more: what no command line could say, no run has said.  A flag
+    that is no more is left out, one that was not yet gets its default.
+    """
+    known, words, exact = vars(make_parser().parse_args([])), [], {}
+    for name, value in checkpoint["args"].items():
+        if name.endswith("_sha256") or type(value) is bool or value == []:
+            exact[name] = value
+        elif type(value) is list:
+            words += [flag(name), *map(str, value)] if name in known else []
+        elif value is not None and name in known and name not in ("resume", "init"):
+            words.append(f"{flag(name)}={value}")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            parsed = vars(make_parser().parse_args(words))
+    except SystemExit:
+        raise checkpoints.CheckpointError(f"{file}: {checkpoints.DAMAGED}: its flags are none of "
+                                          f"train.py") from None
+    return {**exact, **{name: value for name, value in parsed.items() if value is not None}}
 
 
 def remember_own_files(flags):
@@ -485,33 +514,45 @@ def remember_own_files(flags):
                                  f"{flags['out']}/last.pt")
 
 
-AT_LEAST_1 = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "max_dets",
-              "width", "depth", "layers", "hidden", "queries", "levels", "dynamic", "roi_size",
-              "anchor_scales")
-NOT_NEGATIVE = ("seed", "workers", "eval_every", "extra_levels", "square", "shift")
+# of the values, or of each value in a list: (lowest, highest)
+RANGES = {
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "checkpoint_every",
+                     "max_dets"), (1, 10 ** 9)),
+    **dict.fromkeys(("eval_every", "warmup_steps", "milestones"), (0, 10 ** 9)),
+    **dict.fromkeys(("train_sizes", "train_longest", "test_longest", "width", "hidden", "queries",
+                     "dynamic", "roi_size", "neck_widths"), (1, 10 ** 5)),
+    **dict.fromkeys(("square", "shift", "test_size"), (0, 10 ** 5)),
+    **dict.fromkeys(("depth", "layers", "anchor_scales"), (1, 100)),
+    **dict.fromkeys(("flip", "crop", "colours", "warmup_factor"), (0, 1)),
+    **dict.fromkeys(("lambda_cls", "lambda_l1", "lambda_iou", "class_cost", "clip_grad",
+                     "weight_decay", "backbone_lr_factor", "box_prior"), (0, 10 ** 9)),
+    "seed": (0, 2 ** 63 - 1),
+    "workers": (0, 1000),
+    "extra_levels": (0, 4),
+    "levels": (1, 4),                        # more would be maps of less than a cell
+    "momentum": (0, 0.9999),
+    "dropout": (0, 0.9999),
+    # not 0: nothing would be learned, nothing kept, or it is divided by
+    "lr": (1e-30, 1e30),
+    "keep_checkpoints": (1e-9, 1),
+    "delta_weights": (1e-9, 1e9),
+}
 
 
 def check_flags(flags, world):
     """Raises UsageError for values that argparse lets through.  world: how many processes."""
-    for name in AT_LEAST_1:
-        if flags.get(name, 1) < 1:
-            raise UsageError(f"{flag(name)} {flags[name]}: must be at least 1")
-    for name in NOT_NEGATIVE:
-        if flags.get(name, 0) < 0:
-            raise UsageError(f"{flag(name)} {flags[name]}: must not be negative")
-    if not all(0 < share <= 1 for share in flags.get("keep_checkpoints", [])):
-        raise UsageError(f"--keep-checkpoints {flags['keep_checkpoints']}: shares of the steps, "
-                         f"above 0 and up to 1")
+    for name, (low, high) in RANGES.items():
+        given = flags.get(name, [])
+        for value in given if type(given) is list else [given]:
+            if not low <= value <= high:     # also what is not a number
+                raise UsageError(f"{flag(name)} {value}: must be from {low} to {high}")
+    if not flags["train_sizes"]:
+        raise UsageError("--train-sizes: at least one size is wanted")
     if flags.get("freeze") == "location" and not flags.get("init"):
         raise UsageError("--freeze location wants --init, a detector whose boxes are to stay")
     if len(flags.get("neck_widths", [])) > 3:
         raise UsageError(f"--neck-widths {flags['neck_widths']}: at most three steps lead up from "
                          f"stride 32")
-    for name in ("class_cost", "lambda_cls", "lambda_l1", "lambda_iou"):
-        if not 0 <= flags.get(name, 0) < math.inf:
-            raise UsageError(f"{flag(name)} {flags[name]}: a weight must be a number of at least 0")
-    if not flags["lr"] > 0 or not math.isfinite(flags["lr"]):
-        raise UsageError(f"--lr {flags['lr']}: must be positive")
     if flags["batch_size"] % (world * flags["accumulate"]):
         raise UsageError(f"--batch-size {flags['batch_size']}: must be a multiple of {world} "
                          f"process(es) x {flags['accumulate']} micro-batch(es)")

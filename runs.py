@@ -4,6 +4,7 @@ Nothing here knows what is trained.
 """
 import contextlib
 import csv
+import errno
 import json
 import os
 import random
@@ -58,17 +59,33 @@ def join_processes(device=None):
     """
     names = ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)
     world, rank, local = (int(os.environ.get(name, default)) for name, default in names)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(device)
     if world > 1:
         if device.startswith("cuda:"):
             raise RunError(f"--device {device}: with several processes each takes a GPU of its "
                            f"own; leave --device out")
-        dist.init_process_group("nccl" if "cuda" in device else "gloo")
+        # a restart by torchrun with --master-port would find the addresses of processes that are
+        # gone (torch 2.14), but for a prefix of its own
+        store, _, _ = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group("nccl" if "cuda" in device else "gloo", rank=rank,
+                                world_size=world, store=dist.PrefixStore(attempt, store))
     if device == "cuda":
         device = f"cuda:{local}"                                     # set_device wants an index
     if "cuda" in device:
         torch.cuda.set_device(device)
     return Process(rank, world, device)
+
+
+def usable_device(name=None):
+    """`name`, or "cuda" if there is one, else "cpu".  Raises RunError if nothing computes there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"--device {name}: nothing computes there ({reason}); use cpu") from None
+    return name
 
 
 @contextlib.contextmanager
@@ -106,29 +123,56 @@ def signals_noted():
 @contextlib.contextmanager
 def faults_told(program, *kinds):
     """Errors of these kinds, and what the machine lacks, become one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # names in other people's files may hold what a terminal cannot show
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
         return
-    except kinds as error:
-        words = error
-    except (RuntimeError, MemoryError) as error:
-        words = machine_fault(error)
+    except (*kinds, OSError, RuntimeError, ValueError, MemoryError) as error:
+        told = isinstance(error, kinds) and not isinstance(error, OSError)
+        words = str(error) if told else machine_fault(error)
         if not words:
             raise
     print(f"{program}: {words}", file=sys.stderr)
+    if words != OTHER_ENDED:
+        tell_torchrun(words)
     sys.exit(2)
 
 
+OTHER_ENDED = "another process of this run has ended; its own message says why"
+
+
 def machine_fault(error):
-    """What the machine lacks, if that is what a RuntimeError or MemoryError says; "" otherwise."""
+    """What the machine lacks, if that is what an error says; "" otherwise."""
     text = str(error)
+    if isinstance(error, OSError):
+        file = f"{error.filename}: " if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return (f"{file}no space left on the disk, or no more allowed ({error.strerror}); what "
+                    f"was saved before is whole: make room, then go on")
+        return f"{file}{error.strerror or text}"
     if "DataLoader worker" in text:
         return ("a process that reads pictures was killed, which happens where memory or /dev/shm "
                 "runs out; use fewer --workers, or 0")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         return ("out of memory; use a smaller --batch-size, a larger --accumulate (the same step "
                 "in more parts), or smaller --train-sizes and --test-size")
+    if "more than 1 value per channel" in text:
+        return ("batch norm cannot learn from one value per channel; use a larger --batch-size, a "
+                "smaller --accumulate, or larger --train-sizes")
+    # a connection that breaks: Gloo names its source file, NCCL has a class of errors
+    if dist.is_initialized() and ("gloo" in text or isinstance(error, dist.DistError)):
+        return OTHER_ENDED
     return ""
+
+
+def tell_torchrun(words):
+    """torchrun ends with a summary of the processes that failed; this puts `words` into it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        # a second back: before those that end because of this one
+        write_json(file, {"message": words, "timestamp": int(time.time()) - 1})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -158,24 +202,50 @@ def claim_folder(out, name, process):
     return chosen[0]
 
 
+@contextlib.contextmanager
+def whole(file):
+    """A file to write instead, which takes the place of `file` at the end, or is gone on an error.
+
+    A symbolic link stays: what it leads to is replaced.  Raises OSError, naming `file`; also if
+    that is there already and not a plain file.
+    """
+    target = Path(os.path.realpath(file))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "is not a plain file; choose another name", str(file))
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(target)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(file)
+        raise
+
+
 def write_json(file, content, indent=None):
     """Written whole or not at all."""
-    file = Path(file)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=indent))
-    temporary.replace(file)
+    with whole(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent))
 
 
 class Log:
-    """A CSV file, opened anew for each row.  Rows after `step` are cut off: on resume."""
+    """A CSV file, opened anew for each row.
+
+    On resume, rows after `step` are cut off, and what a kill or a full disk left of a row.
+    """
 
     def __init__(self, file, step):
         self.file = Path(file)
         if self.file.exists():
-            lines = self.file.read_text().splitlines()
-            kept = [line for line in lines[1:] if line and int(line.split(",")[0]) <= step]
-            kept = lines[:1] + kept
-            self.file.write_text("".join(line + "\n" for line in kept) if step else "")
+            text = self.file.read_text(errors="replace")
+            complete = text[:text.rfind("\n") + 1]
+            header, *lines = list(csv.reader(complete.splitlines())) or [[]]
+            kept = [row for row in lines if len(row) == len(header)
+                    and row[0].isdigit() and int(row[0]) <= step]
+            with whole(self.file) as temporary, open(temporary, "w", newline="") as stream:
+                if step:
+                    csv.writer(stream, lineterminator="\n").writerows([header, *kept])
 
     def row(self, values):
         new = not self.file.exists() or self.file.stat().st_size == 0

@@ -24,9 +24,11 @@ import hashlib
 import math
 import platform
 import random
+import shlex
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -83,11 +85,16 @@ def test_transform(flags):
 def build_model(flags, checkpoint, classes, process):
     """The detector: of the checkpoint, or new, with the pre-trained weights that flags ask for."""
     if checkpoint:
+        file = f"{flags['out']}/last.pt"
         if checkpoint["class_names"] != classes.class_names:
-            raise checkpoints.CheckpointError(f"{flags['out']}/last.pt knows the classes "
+            raise checkpoints.CheckpointError(f"{file} knows the classes "
                                               f"{checkpoint['class_names']}, not those of the data")
-        model = checkpoints.build(**checkpoint["build"])
-        model.load_state_dict(checkpoint["model"])
+        if checkpoint.get("pictures", digest(classes)) != digest(classes):
+            raise checkpoints.CheckpointError(f"{file} was trained on other pictures than those of "
+                                              f"{classes.json_file}: their ids are not the same")
+        with checkpoints.understood(file):
+            model = checkpoints.build(**checkpoint["build"])
+            model.load_state_dict(checkpoint["model"])
     else:
         model = checkpoints.build(**recipes.build_arguments(flags, len(classes.class_names)))
         if flags["backbone_weights"] != "none":
@@ -101,6 +108,11 @@ def build_model(flags, checkpoint, classes, process):
     if flags.get("freeze") == "location":
         model.freeze_location()
     return model
+
+
+def digest(classes):
+    """What tells the training pictures from others, wherever they lie.  classes: Annotations"""
+    return hashlib.sha256(repr((classes.image_ids, classes.category_ids)).encode()).hexdigest()
 
 
 def make_optimizer(model, flags, device):
@@ -147,7 +159,10 @@ def distributed(model, process):
     if process.world == 1:
         return model
     gpu = [torch.device(process.device).index] if "cuda" in process.device else None
-    return DistributedDataParallel(model, broadcast_buffers=False, device_ids=gpu)
+    with warnings.catch_warnings():
+        # PyTorch's successor of broadcast_buffers would copy the buffers of process 0 once
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False, device_ids=gpu)
 
 
 class Numbers:
@@ -191,7 +206,13 @@ def told_with_step(step, numbers):
 # ------------------------------------------------------------------------------------------------
 
 def save(step, model, loss, optimizer, flags, classes, watch, process):
-    """The checkpoint, OUT/last.pt.  classes: the Annotations that name them."""
+    """The checkpoint, OUT/last.pt.  classes: the Annotations that name them.
+
+    Raises TrainingStopped for weights that are not finite.
+    """
+    if not all(value.isfinite().all() for value in model.parameters()):
+        raise TrainingStopped(f"step {step}: the weights are not finite after it; lower --lr, or "
+                              f"set --clip-grad; last.pt is the last good checkpoint")
     buffers = {k: v.cpu() for k, v in model.named_buffers() if k in model.state_dict()}
     if hasattr(loss, "state_dict"):          # RetinaNet's keeps a moving average
         buffers.update(loss.state_dict())
@@ -203,11 +224,12 @@ def save(step, model, loss, optimizer, flags, classes, watch, process):
             "optimizer": optimizer.state_dict(), "step": step, "args": flags,
             "build": recipes.build_arguments(flags, len(classes.class_names)),
             "buffers": [buffers for buffers, _ in shares], "random": [r for _, r in shares],
-            "watch": watch.state,
+            "watch": watch.state, "pictures": digest(classes),
             "class_names": classes.class_names, "category_ids": classes.category_ids,
             "test_transform": test_transform(flags)}, Path(flags["out"]) / "last.pt")
         if step in kept_steps(flags):
-            shutil.copy(Path(flags["out"]) / "last.pt", Path(flags["out"]) / f"step-{step:06d}.pt")
+            with runs.whole(Path(flags["out"]) / f"step-{step:06d}.pt") as temporary:
+                shutil.copy(Path(flags["out"]) / "last.pt", temporary)
 
 
 def kept_steps(flags):
@@ -221,13 +243,23 @@ def is_due(step, flags):
             or step in kept_steps(flags))
 
 
-def restore(checkpoint, model, loss, optimizer, process):
-    """The state of a run as `save` left it, but for the generators."""
-    own = runs.own_share(checkpoint["buffers"], process)
-    model.load_state_dict(own, strict=False)
-    if hasattr(loss, "load_state_dict"):
-        loss.load_state_dict(own, strict=False)
-    optimizer.load_state_dict(checkpoint["optimizer"])
+def is_evaluated(step, flags):
+    """Whether the detector is evaluated after a step; after the last one it always is."""
+    every = flags["eval_every"]
+    return every > 0 and step % every == 0 and 0 < step < flags["steps"]
+
+
+def restore(checkpoint, model, loss, optimizer, watch, flags, process):
+    """The state of a run as `save` left it.  Raises CheckpointError."""
+    with checkpoints.understood(f"{flags['out']}/last.pt"):
+        own = runs.own_share(checkpoint["buffers"], process)
+        model.load_state_dict(own, strict=False)
+        if hasattr(loss, "load_state_dict"):
+            loss.load_state_dict(own, strict=False)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if "watch" in checkpoint:            # older ones have none
+            watch.go_on(checkpoint["watch"])
+        runs.set_random_states(runs.own_share(checkpoint["random"], process), process.device)
 
 
 def score(step, model, pictures, truth, flags, process, log):
@@ -261,6 +293,10 @@ def open_folder(flags, checkpoint, given, train_pictures, process):
     process.say(f"  given: {'  '.join(words) or 'no flags, all as the recipe has it (--help)'}")
     process.say(f"  writing to {out}" + (f", going on from step {checkpoint['step']}" if checkpoint
                                          else ""))
+    if checkpoint and len(checkpoint["buffers"]) != process.world:
+        before = len(checkpoint["buffers"])
+        process.say(f"  with {process.world} process(es), before with {before}: each step sees the "
+                    f"same pictures, batch norm and dropout differ")
     if not process.is_main:
         return None, None
     out.mkdir(parents=True, exist_ok=True)
@@ -274,7 +310,8 @@ def open_folder(flags, checkpoint, given, train_pictures, process):
     if not checkpoint:
         figures.training_pictures(train_pictures, out / "training.png")
     first_step = checkpoint["step"] if checkpoint else 0
-    return runs.Log(out / "log.csv", first_step), runs.Log(out / "eval.csv", first_step)
+    # the evaluation that was due at the checkpoint is made up for
+    return runs.Log(out / "log.csv", first_step), runs.Log(out / "eval.csv", first_step - 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -301,20 +338,20 @@ def train(flags, checkpoint, given, process):
     model.to(device).train()
     cost, strategy, loss = losses.row(flags)
     optimizer = make_optimizer(model, flags, device)
-    if checkpoint:
-        restore(checkpoint, model, loss, optimizer, process)
     network = distributed(model, process)
 
     # Folder, what is watched (Section 3.4), and batches:
     log, eval_log = open_folder(flags, checkpoint, given, train_pictures, process)
     silhouettes = Silhouettes(classes.json_file) if flags["data"] == "scenes" else None
-    watch = Watch(silhouettes, checkpoint and checkpoint.get("watch"), strategy, process.say)
+    watch = Watch(silhouettes, strategy, process.say)
     first_step = checkpoint["step"] if checkpoint else 0
     batches = iter(data.loader(train_pictures, data.training_batches(
         classes, flags["batch_size"], flags["seed"], first_step, process.rank, process.world,
         accumulate, flags["skip_empty"]), flags["workers"], "cuda" in device))
-    if checkpoint:                                       # last, so that nothing above disturbs them
-        runs.set_random_states(runs.own_share(checkpoint["random"], process), device)
+    if checkpoint:                                       # last, so that nothing above disturbs it
+        restore(checkpoint, model, loss, optimizer, watch, flags, process)
+    if is_evaluated(first_step, flags):
+        score(first_step, model, val_pictures, truth, flags, process, eval_log)
 
     # The loop:
     numbers, stop = None, False
@@ -369,8 +406,8 @@ def train(flags, checkpoint, given, process):
                 save(done, model, loss, optimizer, flags, classes, watch, process)
             if stop:
                 raise Interrupted(f"interrupted; step {done} is saved: go on with  python train.py "
-                                  f"--resume --out {flags['out']}")
-            if flags["eval_every"] and done % flags["eval_every"] == 0 and done < steps:
+                                  f"--resume --out {shlex.quote(flags['out'])}")
+            if is_evaluated(done, flags):
                 with progress.pause():
                     score(done, model, val_pictures, truth, flags, process, eval_log)
 
@@ -382,7 +419,7 @@ def main(argv=None):
     given = vars(recipes.make_parser(__doc__).parse_args(argv))
     started, process = time.time(), None
     faults = (recipes.UsageError, runs.RunError, TrainingStopped, annotations.DataError,
-              AssignError, checkpoints.CheckpointError, OSError)
+              AssignError, checkpoints.CheckpointError)
     try:
         with runs.faults_told("train.py", *faults):
             flags, checkpoint = recipes.effective_flags(given)

@@ -120,7 +120,8 @@ def test_what_is_remembered_goes_on():
     objects, prediction = target([[0, 0, 50, 50]], [0]), points([[10, 10], [31, 10]])
     first = positives.Watch()
     first.note(prediction, [objects], [match([0], [0])])
-    second = positives.Watch(state=first.state)
+    second = positives.Watch()
+    second.go_on(first.state)
     second.note(prediction, [objects], [match([1], [0])])
     assert second.state["moved"] == second.state["compared"] == 1
 

@@ -1,7 +1,9 @@
 """The flags: the published values for every row, and a clear word for what cannot be followed."""
 import json
 
+import numpy as np
 import pytest
+import torch
 
 import annotations
 import checkpoints
@@ -96,8 +98,6 @@ def test_bad_flags_are_told_by_name(tiny_scenes, tmp_path, fails):
     fails(flags(tiny_scenes, **out, detector="yolo"), "yolo")
     fails(flags(tiny_scenes, **out, **points), "one-to-many-points", "FCOS")
     fails(flags(tiny_scenes, **out, seed=-1), "--seed")
-    fails(flags(tiny_scenes, **out, **{"class-cost": "nan"}), "--class-cost nan", "weight")
-    fails(flags(tiny_scenes, **out, **{"lambda-l1": -1}), "--lambda-l1 -1", "weight")
     fails(flags(tiny_scenes, **out, detector="detr", layers=0), "--layers")
     fails(flags(tiny_scenes, **{**out, "width": 100}), "--width", "multiple")
     fails(flags(tiny_scenes, **out, detector="detr", assign="one-to-many"),
@@ -106,6 +106,57 @@ def test_bad_flags_are_told_by_name(tiny_scenes, tmp_path, fails):
     fails(flags(tiny_scenes, **out, **{"train-json": tmp_path / "none.json"}), "none.json")
     fails(coco, "instances_train2017.json", "download")
     assert not (tmp_path / "run").exists()
+
+
+# what argparse lets through: a value out of its range, none at all, or not even a number
+BEYOND = {
+    "train-sizes": [0, "64 -1"], "train-longest": [0], "test-size": [-1], "test-longest": [0],
+    "crop": ["nan", 1.5], "flip": [7, -0.1], "colours": ["inf"], "square": [-5], "shift": [-1],
+    "lr": [0, -1, "nan", "inf"], "weight-decay": [-1, "nan"], "clip-grad": [-1, "inf"],
+    "backbone-lr-factor": [-0.1], "steps": [0], "batch-size": [0, -4], "accumulate": [0],
+    "seed": [-1, 2 ** 63], "workers": [-1], "eval-every": [-1], "log-every": [0],
+    "checkpoint-every": [0], "keep-checkpoints": [0, "0.5 1.5"], "max-dets": [0],
+    "class-cost": ["nan", -1], "lambda-cls": ["inf"], "lambda-l1": [-1], "lambda-iou": ["nan"],
+    "width": [0], "depth": [0, 10 ** 9], "extra-levels": [-1, 9], "box-prior": ["nan"],
+}
+BEYOND_OF = {
+    "retinanet": {"anchor-scales": [0], "delta-weights": ["0 1 1 1", "nan 1 1 1"]},
+    "centernet": {"neck-widths": [0]},
+    "detr": {"queries": [0], "layers": [0], "hidden": [0], "dropout": [1, 7, "nan"]},
+    "deformable-detr": {"levels": [0, 9]},
+    "sparse-rcnn": {"roi-size": [0], "dynamic": [0]},
+}
+SGD = ["--optimizer", "sgd", "--schedule", "step"]
+BEYOND_CASES = [
+    *(("fcos", [], name, value) for name, values in BEYOND.items() for value in values),
+    *((detector, [], name, value) for detector, of in BEYOND_OF.items()
+      for name, values in of.items() for value in values),
+    *(("fcos", SGD, name, value) for name, value in (
+        ("momentum", 5), ("momentum", 1), ("momentum", -0.1), ("milestones", -1),
+        ("warmup-steps", -1), ("warmup-factor", "nan"))),
+]
+
+
+@pytest.mark.parametrize("detector, more, name, value", BEYOND_CASES)
+def test_a_value_out_of_its_range_is_refused_by_name(detector, more, name, value):
+    words = ["--detector", detector, *more, f"--{name}", *str(value).split()]
+    flags, _ = recipes.effective_flags(vars(recipes.make_parser().parse_args(words)))
+    with pytest.raises(recipes.UsageError, match=f"^--{name} .*: must be from "):
+        recipes.check_flags(flags, world=1)
+
+
+@pytest.mark.parametrize("data", recipes.RECIPES)
+@pytest.mark.parametrize("detector", recipes.NAMES)
+def test_every_recipe_is_within_the_ranges(data, detector):
+    for one_to_many in (False, True)[:1 + (detector in recipes.DENSE)]:
+        recipe = recipes.recipe(data, detector, one_to_many)
+        flags = {**recipe, "data": data, "detector": detector, "class_cost": 2.0}
+        recipes.check_flags(flags, world=1)
+
+
+def test_what_torch_cannot_seed_with_is_what_is_refused():
+    torch.manual_seed(2 ** 63 - 1)
+    np.random.default_rng((2 ** 63 - 1, 0))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints
 import runs
 
 ALONE = runs.Process(0, 1, "cpu")
@@ -37,7 +38,7 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
 def test_a_single_gpu_is_named_by_its_index(monkeypatch):
     """torch.cuda.set_device wants one."""
     chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runs, "usable_device", lambda name: name or "cuda")
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert runs.join_processes().device == "cuda:0"
     assert runs.join_processes("cuda:3").device == "cuda:3"
@@ -47,6 +48,7 @@ def test_a_single_gpu_is_named_by_its_index(monkeypatch):
 def test_several_processes_do_not_share_one_gpu(monkeypatch):
     """Refused before they wait for each other."""
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(runs, "usable_device", lambda name: name)
     monkeypatch.setattr(torch.distributed, "init_process_group", None)
     with pytest.raises(runs.RunError, match="--device cuda:1: .*leave --device out"):
         runs.join_processes("cuda:1")
@@ -57,10 +59,22 @@ def test_each_process_takes_the_gpu_of_its_place_on_the_machine(monkeypatch):
     for name, value in (("WORLD_SIZE", 8), ("RANK", 6), ("LOCAL_RANK", 2)):
         monkeypatch.setenv(name, str(value))
     called = []
-    monkeypatch.setattr(torch.distributed, "init_process_group", called.append)
+    monkeypatch.setattr(runs, "usable_device", lambda name: name)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(None, 6, 8)]))
+    monkeypatch.setattr(torch.distributed, "PrefixStore", lambda prefix, store: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend, rank, world_size, store: called.append(backend))
     monkeypatch.setattr(torch.cuda, "set_device", called.append)
     assert runs.join_processes("cuda") == (6, 8, "cuda:2")
     assert called == ["nccl", "cuda:2"]
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "meta", "cuda:99"])
+def test_a_device_that_computes_nothing_is_refused_by_name(name):
+    """"meta" is PyTorch's device without numbers; no machine has a hundred GPUs."""
+    with pytest.raises(runs.RunError, match=f"--device {name}: nothing computes there"):
+        runs.usable_device(name)
+    assert runs.usable_device("cpu") == "cpu"
 
 
 def test_process_0_alone_speaks(capsys):
@@ -175,6 +189,41 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_link_is_followed_and_what_is_no_plain_file_is_refused(tmp_path):
+    """`temporary.replace` alone would put a file where the link, or /dev/null, was."""
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    runs.write_json(tmp_path / "link.json", 1)
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_text() == "1"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(OSError, match=f"not a plain file.*{name}"):
+            runs.write_json(tmp_path / name, 1)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "folder").is_dir()
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may grow beyond 64 KiB, as on a full disk or with a quota."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, small_files):
+    file = tmp_path / "last.pt"
+    checkpoints.save_whole({"step": 1}, file)
+    with pytest.raises(OSError) as error:
+        checkpoints.save_whole({"step": 2, "model": torch.zeros(2 ** 16)}, file)
+    assert torch.load(file, weights_only=True) == {"step": 1}
+    assert [f.name for f in tmp_path.iterdir()] == ["last.pt"]
+    said = runs.machine_fault(error.value)
+    assert said.startswith(f"{file}: no space left") and "saved before" in said
+
+
 def test_a_row_is_appended_under_one_header(tmp_path):
     """Floats with six digits, whole numbers and words as they are."""
     file = tmp_path / "log.csv"
@@ -205,6 +254,15 @@ def test_rows_after_the_step_are_cut_off_on_resume(tmp_path, step, kept):
     log.row({"step": step + 20, "loss": 0.5})
     assert [row["step"] for row in rows(file)] == [*kept, str(step + 20)]
     assert file.read_text().count("step,loss") == 1
+
+
+@pytest.mark.parametrize("end", ["60,6", "60,6.0", "60\n", "6x,1\n", "\0\0\0\n", ""])
+def test_what_a_kill_left_of_a_row_is_cut_off(tmp_path, end):
+    """Without its line end a number may lack digits: such a row is none."""
+    file = tmp_path / "log.csv"
+    file.write_text("step,loss\n20,2.0\n40,4.0\n" + end)
+    runs.Log(file, 100)
+    assert file.read_text() == "step,loss\n20,2.0\n40,4.0\n"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -312,6 +370,8 @@ def test_other_processes_write_no_rows(capsys):
 @pytest.mark.parametrize("error, words", [
     (MemoryError(), "out of memory"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "--accumulate"),
+    (OSError(28, "No space left on device", "runs/a.csv"), "runs/a.csv: no space left"),
+    (OSError(30, "Read-only file system", "runs/a.csv"), "runs/a.csv: Read-only file system"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers"),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None)])
 def test_what_the_machine_lacks_is_told_and_a_fault_of_the_program_is_not(error, words):
@@ -323,3 +383,36 @@ def test_the_cpu_allocators_own_words_are_known():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2 ** 50)
     assert "out of memory" in runs.machine_fault(error.value)
+
+
+def test_batch_norms_own_words_are_known():
+    with pytest.raises(ValueError) as error:
+        torch.nn.BatchNorm2d(3).train()(torch.ones(1, 3, 1, 1))
+    assert "--train-sizes" in runs.machine_fault(error.value)
+
+
+@contextlib.contextmanager
+def fails_with_2():
+    with pytest.raises(SystemExit) as stop:
+        yield
+    assert stop.value.code == 2
+
+
+def test_torchruns_summary_gets_the_sentence(tmp_path, monkeypatch, capsys):
+    """The format is PyTorch's: its own reader of such files must find the words."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with fails_with_2(), runs.faults_told("train.py", runs.RunError):
+        raise runs.RunError("no such thing")
+    assert capsys.readouterr().err == "train.py: no such thing\n"
+    failure = ProcessFailure(0, 7, 2, str(tmp_path / "error.json"))
+    assert failure.message == "no such thing" and failure.timestamp <= time.time()
+
+
+def test_text_that_a_terminal_cannot_print_is_escaped(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stderr", terminal)
+    with fails_with_2(), runs.faults_told("check.py", runs.RunError):
+        raise runs.RunError("a na\u00efve \ud800 name")
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"check.py: a na\\xefve \\ud800 name\n"

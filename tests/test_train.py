@@ -418,21 +418,6 @@ def test_a_folder_that_holds_a_run_or_cannot_be_written_is_left_alone(tiny_scene
     fails(flags(tiny_scenes, steps=1, out=tmp_path / "file" / "run"), "file")
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny_scenes, tmp_path, monkeypatch, fails):
-    real, calls = torch.save, []
-
-    def full(content, stream):
-        calls.append(1)
-        if len(calls) == 2:
-            stream.write(b"half a checkpoint")
-            raise OSError(28, "No space left on device")
-        return real(content, stream)
-
-    monkeypatch.setattr(torch, "save", full)
-    fails(flags(tiny_scenes, out=tmp_path / "run"), "No space left")
-    assert weights(tmp_path / "run")["step"] == 4
-
-
 def test_a_checkpoint_cut_in_half_or_of_another_detector_is_refused(tiny_scenes, tmp_path, fails):
     train.main(flags(tiny_scenes, steps=1, out=tmp_path / "a"))
     whole = (tmp_path / "a" / "last.pt").read_bytes()
@@ -490,7 +475,7 @@ def test_freezing_wants_a_start_and_a_sub_net(tiny_scenes, tmp_path, fails):
     fails(flags(tiny_scenes, out=tmp_path / "a", detector="centernet", freeze="location",
                 init="x.pt"), "--freeze does not concern centernet")
     fails(flags(tiny_scenes, out=tmp_path / "a") + ["--keep-checkpoints", "0.5", "2"],
-          "--keep-checkpoints", "up to 1")
+          "--keep-checkpoints 2.0", "to 1")
 
 
 def test_log_csv_says_where_the_positives_lie(tiny_scenes, tmp_path):
