@@ -498,20 +498,26 @@ def main():
     parser.add_argument("--out", metavar="DIR",
                         help="where to write it (default: data/scenes, data/crowd)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures")
+    parser.add_argument("--counts", type=int, nargs=2, metavar=("TRAIN", "VAL"),
+                        help="how many pictures (default: scenes 8000 500, crowd 4000 400)")
     parser.add_argument("--show", metavar="PNG",
                         help="only draw a contact sheet with boxes into this file")
     args = parser.parse_args()
 
     # how many pictures a sheet shows, and in how many columns
     count, columns = (40, 8) if args.set == "scenes" else (15, 5)
-    write_set = write if args.set == "scenes" else write_crowd
+    write_set, counts = (write, COUNTS) if args.set == "scenes" else (write_crowd, CROWD_COUNTS)
+    if args.counts:
+        if min(args.counts) < 1:
+            parser.error(f"--counts {args.counts}: at least one picture of each")
+        counts = dict(zip(("train", "val"), args.counts))
     try:
         if args.show:
             pictures = [specimen(args.set, args.seed, index) for index in range(count)]
             contact_sheet(pictures, columns).save(args.show)
             print(f"wrote {args.show}")
         else:
-            print(f"wrote {write_set(args.out or Path('data') / args.set, args.seed)}")
+            print(f"wrote {write_set(args.out or Path('data') / args.set, args.seed, counts)}")
     except (OSError, ValueError) as error:
         print(f"scenes.py: cannot write: {error}", file=sys.stderr)
         sys.exit(2)

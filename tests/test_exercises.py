@@ -1,5 +1,8 @@
-"""The exercises' page: its matrices and numbers are right, and the solutions keep the contract."""
+"""The lesson runs.  The exercises: matrices and numbers are right, solutions keep the contract."""
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +62,16 @@ def test_two_predictions_are_two_and_many_become_one():
     assert g.bincount().tolist() == [2, 2, 2, 2]
     counts = [len(solution("many_early_one_late")(cost, progress)[0]) for progress in (0, 0.5, 1)]
     assert counts[0] > 12 and counts == sorted(counts, reverse=True) and counts[-1] == 4
+
+
+def test_the_lesson_runs_from_top_to_bottom(tiny_scenes, tmp_path):
+    """Two steps a run: what it prints of hand-made numbers is right, its files are there."""
+    known = {"LESSON_STEPS": "2", "LESSON_OUT": str(tmp_path), "LESSON_DATA": str(tiny_scenes),
+             "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, ROOT / "docs" / "lesson.py"], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, **known})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "hungarian: [(0, 0), (2, 1)], in total 4" in done.stdout
+    assert "min_cost: [(0, 0), (0, 1)], in total 3" in done.stdout
+    for name in ("location", "end-to-end"):
+        assert f"\n{name}: AP " in done.stdout and (tmp_path / name / "detections.png").exists()

@@ -1,5 +1,7 @@
 """A strategy or cost of one's own: found, called, and told what is wrong, with its line."""
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -49,6 +51,22 @@ def test_an_endless_loop_is_ended(tmp_path, monkeypatch):
     assert time.time() - began < 5
     ideas.call(time.sleep, 0)                            # the alarm is off again
     time.sleep(0.4)
+
+
+def test_a_loop_that_catches_everything_ends_too():
+    """In a process of its own, which ends with code 2 and a sentence."""
+    program = ("import ideas; ideas.SECONDS = 0.3\n"
+               "def f(cost):\n"
+               "    while True:\n"
+               "        try:\n"
+               "            sum(range(1000))\n"
+               "        except:\n"
+               "            pass\n"
+               "ideas.call(f, None)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          cwd=Path(ideas.__file__).parent, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("no answer after 0.3 seconds") and "`except:`" in done.stderr
 
 
 def test_ctrl_c_is_not_a_fault_of_the_function():

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on, all of it; what stops it loses nothing; what is damaged is told."""
+"""A run that was stopped goes on, all of it; nothing is lost; what is damaged is told."""
 import json
 import os
 import shlex
