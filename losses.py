@@ -155,11 +155,27 @@ def centreness_target(points, gt):
     return (torch.minimum(lt, rb) / torch.maximum(lt, rb)).prod(1).sqrt()
 
 
-def fcos_loss(prediction, targets, matches, num_objects=None, micro_batches=1):
-    """FCOS's original losses: focal, GIoU weighted by centre-ness, centre-ness (the authors' form).
+def smooth_giou_loss(boxes, gt):
+    """1 - GIoU, but with the IoU (I + 1) / (U + 1) of I, intersection, and U, union: (K,).
+
+    boxes, gt: (K, 4) in strides, as in the code of FCOS's authors (AdelaiDet).  The ones make a
+    difference of unit one of loss: a pair of small boxes pays less than it would in pixels.
+    """
+    shared = torch.minimum(boxes[:, 2:], gt[:, 2:]) - torch.maximum(boxes[:, :2], gt[:, :2])
+    hull = torch.maximum(boxes[:, 2:], gt[:, 2:]) - torch.minimum(boxes[:, :2], gt[:, :2])
+    intersection, hull = shared.clamp(min=0).prod(1), hull.prod(1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (gt[:, 2:] - gt[:, :2]).prod(1)
+    union = areas - intersection
+    return 1 - (intersection + 1) / (union + 1) + (hull - union) / hull
+
+
+def fcos_loss(prediction, targets, matches, num_objects=None, micro_batches=1, smooth=False):
+    """FCOS's original losses: focal, GIoU weighted by centre-ness, centre-ness.
 
     Normalised by the number of positives, and the sum of their centre-ness, averaged over the
     processes.
+
+    smooth: the GIoU loss of the authors' code, else the usual one (cvpods, CrowdHuman's baseline)
     """
     index, gt, labels = positives(targets, matches[0])
     boxes, logit = prediction.boxes[index], prediction.raw["centreness"][index]
@@ -169,7 +185,11 @@ def fcos_loss(prediction, targets, matches, num_objects=None, micro_batches=1):
     count, total = mean_over_processes(own)
     count, total = count.clamp(min=1), total.clamp(min=1e-6)
 
-    giou = generalized_box_iou_loss(boxes, gt, reduction="none")
+    if smooth:
+        stride = prediction.strides[index[1], None]
+        giou = smooth_giou_loss(boxes / stride, gt / stride)
+    else:
+        giou = generalized_box_iou_loss(boxes, gt, reduction="none")
     entropy = F.binary_cross_entropy_with_logits(logit, centreness, reduction="sum")
     focal = focal_loss(prediction.logits, index, labels, matches[0])
     return {"class": focal / count / micro_batches,
@@ -259,12 +279,15 @@ class Row(NamedTuple):
     loss: Callable
 
 
-# the strategy of the one-to-one form is the default of --assign
+# the strategy of the one-to-one form is the default of --assign; a row that ends in a data set is
+# that one's own
 ROWS = {  # Table 1           cost                    strategy              loss
     "one-to-one":            (assign.matching_cost,   "hungarian",          set_loss),
     "retinanet one-to-many": (assign.anchor_iou_cost, "one-to-many-iou",    RetinaNetLoss()),
     "centernet one-to-many": (assign.cell_cost,       "min-cost",           centernet_loss),
     "fcos one-to-many":      (assign.fcos_area_cost,  "one-to-many-points", fcos_loss),
+    "fcos one-to-many coco": (assign.fcos_area_cost,  "one-to-many-points",
+                              functools.partial(fcos_loss, smooth=True)),
 }
 # Table 2: the location cost between objects and pre-defined candidates; else predicted_location
 PREDEFINED = {"retinanet": assign.anchor_location,
@@ -275,10 +298,12 @@ PREDEFINED = {"retinanet": assign.anchor_location,
 def row(flags):
     """The Row that flags ask for.  Raises AssignError if there is no such strategy.
 
-    flags: detector, assign, and those of cost, location_cost, class_cost and the lambdas in force.
+    flags: detector, assign, and those of data, cost, location_cost, class_cost and the lambdas in
+    force.
     """
     if flags["assign"] == "one-to-many":
-        cost, strategy, loss = ROWS[f"{flags['detector']} one-to-many"]
+        name = f"{flags['detector']} one-to-many"
+        cost, strategy, loss = ROWS.get(f"{name} {flags.get('data')}", ROWS[name])
         # a fresh copy, because RetinaNet's loss keeps a moving average
         return Row(cost, assign.load_strategy(strategy), copy.deepcopy(loss))
 

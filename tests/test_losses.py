@@ -2,7 +2,6 @@
 
 Slow loops in Python's own floating point, written from the recipes, are the judges.
 """
-import copy
 import dataclasses
 import math
 
@@ -85,11 +84,12 @@ def on_map(prediction, targets, grid=GRID):
     return prediction, assign.match(prediction, targets, assign.cell_cost, assign.min_cost)
 
 
-# What a loss takes from the network.
+# What a loss takes from the network; "fcos coco" is that data set's own.
 USES = {
     "set": ["logits", "boxes"],
     "retinanet": ["logits", "deltas"],
     "fcos": ["logits", "boxes", "centreness"],
+    "fcos coco": ["logits", "boxes", "centreness"],
     "centernet": ["logits", "size", "offset"],
 }
 every_loss = pytest.mark.parametrize("name", USES)
@@ -101,9 +101,11 @@ def compute(name, prediction, targets, matches, outputs, grid=GRID):
     prediction = dataclasses.replace(prediction, logits=raw["logits"], boxes=raw["boxes"], raw=raw)
     matches, loss = [matches], losses.set_loss
     if name != "set":
-        loss = copy.deepcopy(losses.ROWS[f"{name} one-to-many"][2])
-    if name == "fcos":
-        prediction = dataclasses.replace(prediction, candidates=raw["points"][0])
+        detector, _, data = name.partition(" ")
+        loss = losses.row({"detector": detector, "assign": "one-to-many", "data": data}).loss
+    if name.startswith("fcos"):
+        strides = torch.full((len(raw["points"][0]),), 8.0)
+        prediction = dataclasses.replace(prediction, candidates=raw["points"][0], strides=strides)
     if name == "centernet":
         prediction, matches = on_map(prediction, targets, grid)
     num_objects = max(1, sum(len(m.prediction) for m in matches[0]))
@@ -249,6 +251,60 @@ def test_fcos_loss_agrees_with_a_slow_loop():
     expected = {"class": slow_class_loss(prediction.logits, targets, matches) / 6,
                 "giou": giou / sum(goals), "centreness": entropy / 6}
     assert {key: value.item() for key, value in terms.items()} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("box, gt, expected", [
+    # overlap 3 x 2, union 10, which is the hull
+    ([1, 0, 5, 2], [0, 0, 4, 2], 1 - 7 / 11),
+    # the same at half the size: overlap 1.5, union 2.5
+    ([0.5, 0, 2.5, 1], [0, 0, 2, 1], 1 - 2.5 / 3.5),
+    # overlap 3 x 1, union 13, hull 5 x 3
+    ([1, 1, 5, 3], [0, 0, 4, 2], 1 - 4 / 14 + 2 / 15),
+    # 6 apart: overlap 0, union 8, hull 10 x 2
+    ([8, 0, 10, 2], [0, 0, 2, 2], 1 - 1 / 9 + 12 / 20),
+    # no extent, inside: overlap 0, union 8
+    ([2, 1, 2, 1], [0, 0, 4, 2], 1 - 1 / 9),
+    ([0, 0, 4, 2], [0, 0, 4, 2], 0),
+])
+def test_smooth_giou_loss_by_hand(box, gt, expected):
+    """1 - (I + 1) / (U + 1) + (hull - U) / hull, in strides; it grows with the size of boxes."""
+    found = losses.smooth_giou_loss(torch.tensor([box]).float(), torch.tensor([gt]).float())
+    assert found.tolist() == pytest.approx([expected], abs=1e-6)
+
+
+def fcos_by_hand():
+    """Two objects of a picture, each with one positive, on the levels of stride 8 and 16.
+
+    The first point lies at half the height and a quarter of the width: centre-ness is the root of
+    1/3; the second in the middle.  In strides both boxes are 1 off to the right of 4 x 2 cells.
+    """
+    points = torch.tensor([[8.0, 8, 8, 8], [32, 16, 32, 16]])
+    boxes = torch.tensor([[[8.0, 0, 40, 16], [16, 0, 80, 32]]])
+    prediction = Prediction(torch.zeros(1, 2, 3), boxes, points, torch.tensor([8.0, 16.0]),
+                            raw={"centreness": torch.zeros(1, 2)})
+    target = {"boxes": torch.tensor([[0.0, 0, 32, 16], [0, 0, 64, 32]]),
+              "labels": torch.tensor([0, 1])}
+    return prediction, [target], [[pairs((0, 0), (1, 1))]]
+
+
+@pytest.mark.parametrize("data, expected", [("coco", 1 - 7 / 11), ("crowdhuman", 1 - 6 / 10),
+                                            ("scenes", 1 - 6 / 10), ("custom", 1 - 6 / 10)])
+def test_fcos_on_coco_has_its_authors_giou(data, expected):
+    """The authors' code: IoU 7/11 in strides, on either level; all others have the usual 6/10."""
+    loss = losses.row({"detector": "fcos", "assign": "one-to-many", "data": data}).loss
+    terms = loss(*fcos_by_hand())
+    assert terms["giou"].item() == pytest.approx(expected, abs=1e-6)
+    # of both targets, at a logit of 0
+    assert terms["centreness"].item() == pytest.approx(math.log(2))
+
+
+def test_fcos_weighs_giou_by_centreness():
+    """Perfect on the second object, which weighs 1; the first weighs the root of 1/3."""
+    prediction, targets, matches = fcos_by_hand()
+    prediction.boxes[0, 1] = targets[0]["boxes"][1]
+    weight = math.sqrt(1 / 3)
+    terms = losses.fcos_loss(prediction, targets, matches, smooth=True)
+    assert terms["giou"].item() == pytest.approx(weight * 4 / 11 / (1 + weight), abs=1e-6)
 
 
 @pytest.mark.parametrize("counts", [(2, 0, 3), (0,)])
