@@ -10,6 +10,7 @@ A target is a dict: boxes (G, 4) xyxy in pixels of the resized picture, labels (
 image_id, size (2,) resized height and width, original_size (2,), ignore (I, 4) crowd regions in
 pixels of the resized picture.  A picture without objects is an ordinary picture.
 """
+import functools
 import multiprocessing
 import signal
 from dataclasses import dataclass
@@ -316,10 +317,11 @@ class Pictures(Dataset):
                        "ignore": view.boxes[view.kept & a.crowd[rows]]}
 
 
-def collate(samples, divisor=32):
+def collate(samples, divisor):
     """Samples to images (B, 3, H, W) uint8, mask (B, H, W) true on padding, list of targets.
 
-    Padding is at the right and at the bottom, to a multiple of `divisor` pixels.
+    Padding is at the right and at the bottom, to the largest picture, rounded up to a multiple of
+    `divisor` pixels: the detector's own (models.Detector.divisor), for some see their padding.
     """
     largest = np.max([image.shape[1:] for image, _ in samples], axis=0)
     height, width = (-(-largest // divisor) * divisor).tolist()      # rounded up
@@ -402,18 +404,19 @@ class Reported(Dataset):
             return error
 
 
-def collate_or_report(samples):
+def collate_or_report(samples, divisor):
     """A batch, or the first fault among its pictures."""
     faults = [sample for sample in samples if isinstance(sample, annotations.DataError)]
-    return faults[0] if faults else collate(samples)
+    return faults[0] if faults else collate(samples, divisor)
 
 
-def loader(pictures, batches, workers=0, pin_memory=False):
+def loader(pictures, batches, divisor, workers=0, pin_memory=False):
     """Batches over lists of keys.  Its own generator leaves the global random state alone.
 
-    Raises DataError, the same with workers and without.
+    divisor: of `collate`.  Raises DataError, the same with workers and without.
     """
-    read = DataLoader(Reported(pictures), batch_sampler=batches, collate_fn=collate_or_report,
+    join = functools.partial(collate_or_report, divisor=divisor)
+    read = DataLoader(Reported(pictures), batch_sampler=batches, collate_fn=join,
                       num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(),
                       worker_init_fn=ignore_signals)
     for batch in read:

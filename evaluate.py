@@ -108,10 +108,21 @@ def ground_truth(a):
 # a detector's figures
 # ------------------------------------------------------------------------------------------------
 
+def at_once(data_set):
+    """How many pictures `detect` shows a detector at a time, if nothing else is said.
+
+    One, as the published codes: beside a larger picture a smaller one is padded, and most detectors
+    see their padding (docs/published.md).  The embedded pictures are all of one size.
+    """
+    return 16 if data_set in ("scenes", "crowd") else 1
+
+
 @torch.no_grad()
-def detect(model, pictures, batch_size=16, max_dets=100, device="cpu", precision="fp32", workers=0,
+def detect(model, pictures, batch_size=1, max_dets=100, device="cpu", precision="fp32", workers=0,
            progress=True):
     """One pass over `pictures`.  Returns {"plain": [...], "nms": [...], ...}: COCO result dicts.
+
+    batch_size: pictures at a time, of each process
 
     With several processes each sees its share, and process 0 gets all of it (the others get None).
     """
@@ -120,7 +131,8 @@ def detect(model, pictures, batch_size=16, max_dets=100, device="cpu", precision
         rank, world = dist.get_rank(), dist.get_world_size()
     a = pictures.annotations
     keys = data.evaluation_batches(a, batch_size, rank, world)
-    batches = tqdm(data.loader(pictures, keys, workers), "evaluating", len(keys), leave=False,
+    batches = tqdm(data.loader(pictures, keys, model.divisor, workers), "evaluating", len(keys),
+                   leave=False,
                    disable=None if progress and rank == 0 else True)     # None: on a terminal only
     results = {}
     was_training = model.training
@@ -403,8 +415,8 @@ def checkpoint_results(args):
     max_dets = args.max_dets or trained.get("max_dets", 100)
     precision = args.precision or trained.get("precision", "fp32")
     workers = trained.get("workers", 0) if args.workers is None else args.workers
-    results = detect(model.to(device), pictures, args.batch_size, max_dets, device, precision,
-                     workers)
+    batch_size = at_once(chosen) if args.batch_size is None else args.batch_size
+    results = detect(model.to(device), pictures, batch_size, max_dets, device, precision, workers)
     return results, truth, max_dets
 
 
@@ -477,8 +489,9 @@ def add_checkpoint_flags(parser, out):
     g = parser.add_argument_group("how")
     g.add_argument("--max-dets", type=int, metavar="N",
                    help="detections per image (default: the checkpoint's, 100)")
-    g.add_argument("--batch-size", type=int, default=16, metavar="N",
-                   help="images at a time; changes speed only")
+    g.add_argument("--batch-size", type=int, metavar="N",
+                   help="pictures at a time, of each process (default: 1, as published, of scenes "
+                        "and crowd 16); where their sizes differ, more than 1 changes the figures")
     g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     g.add_argument("--precision", choices=("fp32", "bf16"),
                    help="bf16 runs the network in bfloat16 (default: as it was trained)")

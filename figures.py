@@ -314,7 +314,7 @@ def early_middle_late(kept):
 @torch.no_grad()
 def look(detector, i):
     """The Prediction for a picture, its target, and the positives that its row would choose."""
-    images, mask, targets = data.collate([detector.pictures[0, i]])
+    images, mask, targets = data.collate([detector.pictures[0, i]], detector.model.divisor)
     prediction = detector.model(images, mask)
     matches = assign.match(prediction, targets, detector.row.cost, detector.row.strategy,
                            min(1.0, detector.step / detector.flags["steps"]))

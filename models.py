@@ -359,6 +359,7 @@ class Detector(nn.Module):
 
     pixels: what the backbone's weights were trained on, a key of PIXELS.
     """
+    divisor = 32                             # batches are padded to a multiple of so many pixels
     slow_parameters = ()                     # parts of names; their learning rate is a tenth
     class_branch = ()                        # modules that only the scores of classes go through
 

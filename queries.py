@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import box_convert, roi_align
 
-from models import FPN, PRIOR_BIAS, Detector, Prediction, apply_deltas, grid_points, with_nms
+from models import (FPN, PRIOR_BIAS, Detector, Prediction, apply_deltas, grid_points, top_k,
+                    with_nms)
 
 
 def image_scale(mask):
@@ -54,6 +55,12 @@ def box_head(width):
     """Three linear layers: (..., width) to four numbers."""
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
                          nn.Linear(width, 4))
+
+
+def of_classes(boxes, scores, labels, num_classes):
+    """Detections without those of outputs that are no class (`unused_ids`)."""
+    keep = labels < num_classes
+    return boxes[keep], scores[keep], labels[keep]
 
 
 def from_layers(layers, scale, softmax=False):
@@ -130,11 +137,15 @@ class DETR(Detector):
     """Carion et al., 2020: one coarse map, a transformer, softmax classes with one "no object".
 
     stride: of the map that is encoded (published: 32).
+    unused_ids: outputs between the C classes and "no object" that are no class.  The published
+    files have 11, for the ids between COCO's 80: they take their part of the softmax.
     """
+    divisor = 1                               # to the largest picture of the batch, as published
 
     def __init__(self, backbone, num_classes, width=256, heads=8, layers=6, hidden=2048,
-                 dropout=0.1, queries=100, stride=32, pixels="rgb"):
+                 dropout=0.1, queries=100, stride=32, unused_ids=0, pixels="rgb"):
         super().__init__(backbone, pixels)
+        self.num_classes = num_classes
         self.count = backbone.strides.index(stride) + 1       # stages of the backbone that are used
         for stage in backbone.stages()[self.count:]:
             stage.requires_grad_(False)
@@ -151,7 +162,8 @@ class DETR(Detector):
         self.query = nn.Embedding(queries, width)
         xavier(self.encoder)
         xavier(self.decoder)
-        self.score, self.box = nn.Linear(width, num_classes + 1), box_head(width)
+        self.score = nn.Linear(width, num_classes + unused_ids + 1)
+        self.box = box_head(width)
 
     def forward(self, images, mask):
         x = self.features(images, mask, count=self.count)[-1]
@@ -179,10 +191,13 @@ class DETR(Detector):
         return from_layers(layers, image_scale(mask), softmax=True)
 
     def detections(self, one, k=100):
-        """Each query's best class: at most one detection a query, without threshold."""
+        """Each query's best class: at most one detection a query, without threshold.
+
+        As published, a query whose best output is no class is not reported.
+        """
         scores, labels = one.logits.softmax(-1)[:, :-1].max(-1)
         scores, order = scores.topk(min(k, len(scores)))
-        plain = one.boxes[order], scores, labels[order]
+        plain = of_classes(one.boxes[order], scores, labels[order], self.num_classes)
         return {"plain": plain, "nms": with_nms(*plain, 0.5, k)}
 
 
@@ -263,13 +278,16 @@ class DeformableDETR(Detector):
 
     levels: of the pyramid, counted from the coarsest
     refine: each decoder layer corrects the boxes of the one before, with heads of its own
+    unused_ids: outputs behind the C classes that are no class, as in DETR; they rank with the rest
     """
+    divisor = 1                               # to the largest picture of the batch, as published
     slow_parameters = ("reference_points", "attention.offset", "cross.offset")
 
     def __init__(self, backbone, num_classes, width=256, heads=8, layers=6, hidden=1024,
-                 dropout=0.1, queries=300, levels=4, points=4, refine=False, pixels="rgb"):
+                 dropout=0.1, queries=300, levels=4, points=4, refine=False, unused_ids=0,
+                 pixels="rgb"):
         super().__init__(backbone, pixels)
-        self.refine = refine
+        self.num_classes, self.refine = num_classes, refine
         channels = backbone.channels[-min(levels, 3):]
         convs = [nn.Conv2d(c, width, 1) for c in channels]
         for n in range(levels - len(channels)):   # more levels: from C5, not from its projection
@@ -285,7 +303,8 @@ class DeformableDETR(Detector):
         self.decoder = nn.ModuleList(DecoderLayer(attention(), width, heads, hidden, dropout)
                                      for _ in range(layers))
         copies = layers if refine else 1          # one of each serves all layers of the base form
-        self.score = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(copies))
+        outputs = num_classes + unused_ids
+        self.score = nn.ModuleList(nn.Linear(width, outputs) for _ in range(copies))
         self.box = nn.ModuleList(box_head(width) for _ in range(copies))
         self.query = nn.Embedding(queries, 2 * width)
         self.reference_points = nn.Linear(width, 2)
@@ -365,6 +384,12 @@ class DeformableDETR(Detector):
             if self.refine:
                 box = layers[-1][1].detach()
         return from_layers(layers, image_scale(mask))
+
+    def detections(self, one, k=100, nms=0.5):
+        """The k best pairs of query and output, as published; of them, those of classes."""
+        best = top_k(one.boxes, one.logits.sigmoid(), k)
+        plain = of_classes(*best, self.num_classes)
+        return {"plain": plain, "nms": with_nms(*plain, nms, k)}
 
 
 # ------------------------------------------------------------------------------------------------

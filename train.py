@@ -264,9 +264,8 @@ def restore(checkpoint, model, loss, optimizer, watch, flags, process):
 
 def score(step, model, pictures, truth, flags, process, log):
     """Evaluates, and writes what there is to see.  Returns the figures (process 0) or None."""
-    at_once = max(1, flags["batch_size"] // (process.world * flags["accumulate"]))
-    results = evaluate.detect(model, pictures, at_once, flags["max_dets"], process.device,
-                              flags["precision"], flags["workers"])
+    results = evaluate.detect(model, pictures, evaluate.at_once(flags["data"]), flags["max_dets"],
+                              process.device, flags["precision"], flags["workers"])
     if not process.is_main:
         return None
     out, found = Path(flags["out"]), evaluate.metrics(truth, results, flags["max_dets"],
@@ -347,7 +346,7 @@ def train(flags, checkpoint, given, process):
     first_step = checkpoint["step"] if checkpoint else 0
     batches = iter(data.loader(train_pictures, data.training_batches(
         classes, flags["batch_size"], flags["seed"], first_step, process.rank, process.world,
-        accumulate, flags["skip_empty"]), flags["workers"], "cuda" in device))
+        accumulate, flags["skip_empty"]), model.divisor, flags["workers"], "cuda" in device))
     if checkpoint:                                       # last, so that nothing above disturbs it
         restore(checkpoint, model, loss, optimizer, watch, flags, process)
     if is_evaluated(first_step, flags):

@@ -412,9 +412,9 @@ def same(one, other):
 def test_batches_do_not_depend_on_the_number_of_worker_processes(tiny_scenes):
     pictures = scene_pictures(tiny_scenes)
     keys = list(islice(data.training_batches(pictures.annotations, 8, seed=0), 5))
-    alone = list(data.loader(pictures, keys, workers=0))
+    alone = list(data.loader(pictures, keys, 32, workers=0))
     assert len(alone) == 5
-    together = data.loader(pictures, keys, workers=2)
+    together = data.loader(pictures, keys, 32, workers=2)
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
@@ -453,15 +453,15 @@ def test_a_killed_worker_ends_the_run_with_one_sentence(tiny_scenes, tmp_path):
 def test_an_item_depends_on_seed_epoch_and_index_and_on_nothing_else(tiny_scenes):
     first, again = scene_pictures(tiny_scenes), scene_pictures(tiny_scenes)
     other = scene_pictures(tiny_scenes, seed=1)
-    expected = data.collate([first[4, i] for i in range(8)])
+    expected = data.collate([first[4, i] for i in range(8)], 32)
     # none of which matters
     torch.manual_seed(99)
     np.random.seed(99)
     for i in (7, 3):
         again[5, i]
-    assert same(expected, data.collate([again[4, i] for i in range(8)]))
-    assert not same(expected, data.collate([first[5, i] for i in range(8)]))
-    assert not same(expected, data.collate([other[4, i] for i in range(8)]))
+    assert same(expected, data.collate([again[4, i] for i in range(8)], 32))
+    assert not same(expected, data.collate([first[5, i] for i in range(8)], 32))
+    assert not same(expected, data.collate([other[4, i] for i in range(8)], 32))
 
 
 def test_loading_leaves_the_global_random_state_alone(tiny_scenes):
@@ -469,7 +469,7 @@ def test_loading_leaves_the_global_random_state_alone(tiny_scenes):
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    list(data.loader(pictures, [[(0, 0), (0, 1)]]))
+    list(data.loader(pictures, [[(0, 0), (0, 1)]], 32))
     assert torch.equal(torch.rand(1), expected)
 
 

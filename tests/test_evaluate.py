@@ -322,6 +322,29 @@ def test_a_checkpoint_is_scored_on_the_data_it_was_validated_on(tiny_scenes, tmp
     assert 0 < len(found) <= 7 * 7                      # 7 pictures
 
 
+@pytest.mark.parametrize("data_set, given, at_once", [
+    ("coco", [], 1), ("crowdhuman", [], 1), ("custom", [], 1), ("scenes", [], 16),
+    ("crowd", [], 16), ("coco", ["--batch-size", "3"], 3)])
+def test_pictures_of_many_sizes_are_evaluated_one_at_a_time(
+        tiny_scenes, tmp_path, command, monkeypatch, data_set, given, at_once):
+    """As the published figures were made; the embedded ones are all of one size."""
+    truth = annotations.read_annotations(tiny_scenes / "val.json", tiny_scenes / "val")
+    monkeypatch.setattr(data, "locate", lambda flags, split: (str(tiny_scenes / "val.json"),
+                                                              str(tiny_scenes / "val")))
+    sizes = []
+
+    def watched(self, images, mask):
+        sizes.append(len(images))
+        return forward(self, images, mask)
+
+    forward = models.FCOS.forward
+    monkeypatch.setattr(models.FCOS, "forward", watched)
+    weights = checkpoint(tmp_path, truth.class_names, {"data": data_set})
+    code, _, err = command(evaluate, "--weights", weights, "--device", "cpu", *given)
+    assert code == 0, err
+    assert max(sizes) == min(at_once, 7) and sum(sizes) == 7
+
+
 # ------------------------------------------------------------------------------------------------
 # result files and the command line
 # ------------------------------------------------------------------------------------------------

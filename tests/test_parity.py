@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import re
+import types
 import zlib
 
 import pytest
@@ -95,6 +96,43 @@ def loaded(checkpoint):
     return checkpoints.load(file)[0]
 
 
+class Pictures:
+    """The reference's two pictures, as evaluate.detect wants them:
+    resized already, to be scored at their original size.
+    """
+
+    def __init__(self):
+        sizes = torch.tensor(reference()["original_sizes"])
+        self.annotations = types.SimpleNamespace(sizes=sizes, category_ids=list(range(91)))
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, key):
+        _, n = key
+        image = reference()["images"][n]
+        return image, {"image_id": n, "size": torch.tensor(image.shape[1:]),
+                       "original_size": self.annotations.sizes[n]}
+
+
+def batch(model):
+    """The two pictures as one batch, as training and evaluation make it for a detector."""
+    images, mask, _ = data.collate([Pictures()[0, n] for n in (0, 1)], model.divisor)
+    return images, mask
+
+
+def evaluated(model, variant, n):
+    """What evaluate.py finds in picture n, both in one batch:
+    boxes (K, 4), scores and labels, best first.
+    """
+    found = [d for d in evaluate.detect(model, Pictures(), 2, progress=False)[variant]
+             if d["image_id"] == n]
+    boxes = torch.tensor([d["bbox"] for d in found])
+    boxes[:, 2:] += boxes[:, :2]
+    return (boxes, torch.tensor([d["score"] for d in found]),
+            torch.tensor([d["category_id"] for d in found]))
+
+
 class Published:
     """One published model under our roof:
     the reference figures, and our model with the same weights.
@@ -106,7 +144,7 @@ class Published:
         self.weights = {key: value(key, shape, shapes) for key, shape in shapes.items()}
         self.layout, self.checkpoint = convert.convert(self.weights, "torchvision")
         self.model = loaded(self.checkpoint).eval()
-        self.images, self.mask, _ = data.collate([(image, {}) for image in reference()["images"]])
+        self.images, self.mask = batch(self.model)
         with torch.no_grad():
             self.prediction = self.model(self.images, self.mask)
 
@@ -198,11 +236,7 @@ def test_the_detections_are_those_of_the_published_code(published):
                     "see the test against torchvision itself")
     for which, expected in published.expected["detections"].items():
         variant, n = which.split("/")
-        size = torch.tensor(reference()["images"][int(n)].shape[1:])
-        original = torch.tensor(reference()["original_sizes"][int(n)])
-        found = published.model.detections(published.prediction.image(int(n)), 100)[variant]
-        boxes, scores, labels = models.to_original(found, {"size": size, "original_size": original})
-
+        boxes, scores, labels = evaluated(published.model, variant, int(n))
         their_labels = torch.as_tensor(expected["labels"])
         their_boxes = torch.as_tensor(expected["boxes"])
         their_scores = torch.as_tensor(expected["scores"])
@@ -312,7 +346,7 @@ def compare_gradients(p, expected):
 
     checked = 0
     for key in trained:
-        name = key
+        name = p.expected.get("aliases", {}).get(key, key)
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         if name.startswith("scale."):
@@ -420,8 +454,8 @@ def test_the_original_fcos_has_detectron2s_positives_and_losses(detectron_fcos, 
     """Our positives are detectron2's but for points on the edge of a level's range,
     which the authors' code (AdelaiDet), and ours, counts in.
 
-    Our losses are the authors'; detectron2 divides by a moving average and does not weigh GIoU by
-    centre-ness.  Its figures come out of the same pieces.
+    Our losses are the authors', but for their GIoU (test_losses.py); detectron2 divides by a moving
+    average and does not weigh GIoU by centre-ness.  Its figures come out of the same pieces.
     """
     p = detectron_fcos
     expected = {k.removeprefix(which + "/"): v for k, v in p.expected["train"].items()
@@ -494,9 +528,8 @@ class Torchvision:
 
         self.pictures = [image / 255 for image in reference()["images"]]
         self.ours = loaded(convert.convert(weights)[1]).eval()
-        images, mask, _ = data.collate([(image, {}) for image in reference()["images"]])
         with torch.no_grad():
-            self.prediction = self.ours(images, mask)
+            self.prediction = self.ours(*batch(self.ours))
 
     def losses(self, targets):
         """In training mode, but with the batch norms' stored statistics, as in our frozen ones."""

@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 import checkpoints
+import data
+import losses
 import queries
+from assign import Match
 from models import Prediction
 
 every_query_detector = pytest.mark.parametrize("detector",
@@ -216,6 +219,68 @@ def test_region_features_keep_the_order_of_the_boxes_whatever_their_levels():
     assert found[:, 0, 3, 3].tolist()[:4] == [2, 0, 1, 1] and found[5, 0, 3, 3] == 0
 
 
+# Sides that are no multiples of 32; the second picture is smaller on both.
+SIZES = [(70, 90), (50, 61)]
+
+
+def mixed_batch(model):
+    """Both pictures as one batch, padded as the detector wants it: images and mask."""
+    r = torch.Generator().manual_seed(1)
+    samples = [(torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=r), {})
+               for size in SIZES]
+    images, mask, _ = data.collate(samples, model.divisor)
+    return images, mask
+
+
+@pytest.mark.parametrize("detector, sides", [
+    ("detr", (70, 90)), ("deformable-detr", (70, 90)), ("sparse-rcnn", (96, 96))])
+def test_a_batch_is_padded_as_published(detector, sides):
+    """DETR's family: to its largest picture.  Sparse R-CNN: to a multiple of 32."""
+    images, mask = mixed_batch(small(detector))
+    assert images.shape[2:] == mask.shape[1:] == sides
+
+
+def test_masks_positions_and_valid_shares_of_sides_that_are_no_multiples_of_32():
+    """By hand, of 50 x 61 pixels in a batch of 70 x 90.
+
+    A level of stride s has ceil(70 / s) x ceil(90 / s) cells; cell i is padding where pixel
+    floor(i * 70 / cells) is.  Stride 8: 9 x 12 cells, 7 x 9 of them valid; 16: 5 x 6, 4 x 5;
+    32: 3 x 3, all.  Shares count cells.
+    """
+    model = small("deformable-detr")                    # strides 8, 16, 32
+    images, mask = mixed_batch(model)
+    with torch.no_grad():
+        _, position, padding, shapes, sizes, valid = model.encoder_inputs(images, mask)
+    assert [tuple(shape) for shape in shapes] == [(9, 12), (5, 6), (3, 3)]
+    assert sizes.tolist() == [[12, 9], [6, 5], [3, 3]]
+    expected = torch.tensor([[9 / 12, 7 / 9], [5 / 6, 4 / 5], [1, 1]])
+    assert torch.allclose(valid[1], expected) and (valid[0] == 1).all()
+
+    cells = [h * w for h, w in shapes]
+    levels = zip(padding[1].split(cells), position[1].split(cells), shapes, model.level_code,
+                 [(7, 9), (4, 5), (3, 3)])
+    for m, codes, (h, w), level_code, (rows, columns) in levels:
+        m = m.view(h, w)
+        assert not m[:rows, :columns].any() and m[rows:].all() and m[:, columns:].all()
+        # a sine whose first frequency is 1: cell i lies at 2 pi (i + 1/2) / rows
+        y = (codes - level_code).view(h, w, -1)[:rows, 0, 0]
+        turns = [math.sin(2 * math.pi * (i + 0.5) / rows) for i in range(rows)]
+        assert y.tolist() == pytest.approx(turns, abs=1e-4)
+
+
+@pytest.mark.parametrize("detector", ["detr", "deformable-detr"])
+def test_the_largest_picture_of_a_batch_is_answered_as_if_it_were_alone(detector):
+    """It has no padding; to a multiple of 32 it would have some, and be answered otherwise."""
+    model = small(detector)
+    images, mask = mixed_batch(model)
+    together, alone = run(model, images, mask).image(0), run(model, images[:1]).image(0)
+    assert (together.boxes - alone.boxes).abs().max() < 1e-2
+    assert (together.logits - alone.logits).abs().max() < 1e-4
+    padded, its_mask, _ = data.collate([(images[0], {})], 32)
+    other = run(model, padded, its_mask).image(0)
+    assert (other.logits - alone.logits).abs().max() > 0.01
+
+
 @every_query_detector
 def test_every_layer_answers_in_the_documented_shapes(detector):
     model = small(detector)
@@ -264,7 +329,9 @@ PUBLISHED = {       # the fact sheet's tables of the architectures
 def test_the_constructors_defaults_are_the_published_values(detector):
     parameters = inspect.signature(detector).parameters
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    assert defaults == {**PUBLISHED[detector], "pixels": "rgb"}
+    for ours in ("pixels", "unused_ids"):                # of the files, not of the architectures
+        defaults.pop(ours, None)
+    assert defaults == PUBLISHED[detector]
 
 
 @every_query_detector
@@ -299,6 +366,50 @@ def test_bfloat16_ends_before_logits_and_boxes(detector):
     assert prediction.logits.dtype == prediction.boxes.dtype == torch.float32
     # pixels of 96
     assert (prediction.boxes - exact.boxes).abs().median() < 2
+
+
+def test_unused_ids_take_part_in_the_softmax_and_are_not_reported():
+    """DETR, by hand: classes a and b, one unused id, "no object"; exp of the logits is 4 3 2 1.
+
+    The first query is a with 4/10, which without the unused id would be 4/8; the second is b with
+    5/10; the third says the unused id, 7/10, and so nothing.
+    """
+    logits = torch.tensor([[[4.0, 3, 2, 1], [1, 5, 3, 1], [1, 1, 7, 1]]]).log()
+    boxes = torch.arange(12.0).view(1, 3, 4)
+    model = small("detr", num_classes=2, unused_ids=1)
+    assert model.score.out_features == 4
+    found = model.detections(Prediction(logits, boxes, softmax=True).image(0))["plain"]
+    assert [part.tolist() for part in found[:1]] == [[[4, 5, 6, 7], [0, 1, 2, 3]]]
+    assert found[1].tolist() == pytest.approx([0.5, 0.4]) and found[2].tolist() == [1, 0]
+
+
+def test_unused_ids_rank_with_the_classes_and_are_not_reported():
+    """Deformable DETR, by hand: of the 3 best pairs one is of the unused id, and 2 are left."""
+    p = torch.tensor([[[0.5, 0.2, 0.8], [0.1, 0.6, 0.3]]])                 # a, b, unused
+    boxes = torch.arange(8.0).view(1, 2, 4)
+    model = small("deformable-detr", num_classes=2, unused_ids=1)
+    assert all(score.out_features == 3 for score in model.score)
+    for k, expected in [(3, [(0.6, 1), (0.5, 0)]), (4, [(0.6, 1), (0.5, 0)]),
+                        (6, [(0.6, 1), (0.5, 0), (0.2, 1), (0.1, 0)])]:
+        one = Prediction(p.logit(), boxes).image(0)
+        _, scores, labels = model.detections(one, k)["plain"]
+        assert scores.tolist() == pytest.approx([score for score, _ in expected])
+        assert labels.tolist() == [label for _, label in expected]
+
+
+def test_an_unused_id_is_a_negative_and_learns():
+    """It is background in DETR's and Deformable DETR's losses: its logit is pressed down."""
+    for detector in ("detr", "deformable-detr"):
+        model = small(detector, unused_ids=2)
+        prediction = model(pictures(), torch.zeros(2, 64, 96, dtype=torch.bool))
+        prediction.logits.retain_grad()
+        targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([2]),
+                    "size": torch.tensor([64, 96])}] * 2
+        first, none = torch.tensor([0]), torch.tensor([], dtype=torch.long)
+        matches = [[Match(first, first, none)] * 2] * 2
+        sum(losses.set_loss(prediction, targets, matches, 2).values()).backward()
+        assert (prediction.logits.grad[..., 3:5] > 0).all()
+        assert (prediction.logits.grad[:, 0, 2] < 0).all()
 
 
 def test_a_detr_query_is_reported_once_and_a_deformable_one_as_often_as_it_scores():

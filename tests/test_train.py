@@ -16,6 +16,7 @@ import torchvision
 import assign
 import evaluate
 import losses
+import models
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +94,27 @@ def test_every_row_of_the_dense_half_of_tables_1_and_2_runs_and_leaves_its_files
     assert len(losses) == 2 and all(0 < loss < 1e4 for loss in losses)
     metrics = json.loads((out / "metrics.json").read_text())
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "nms"} <= metrics.keys()
+
+@pytest.mark.parametrize("detector, side", [("detr", 70), ("deformable-detr", 70), ("fcos", 96),
+                                            ("sparse-rcnn", 96)])
+def test_each_detector_is_trained_and_evaluated_with_its_own_padding(
+        tiny_scenes, tmp_path, monkeypatch, detector, side):
+    """Pictures of 70 pixels: as they are for DETR's family, else on 96, a multiple of 32.
+
+    Four at a time in training, one at a time in evaluation of other than the embedded data.
+    """
+    seen, features = [], models.Detector.features
+
+    def watched(self, images, mask, **options):
+        seen.append((self.training, *images.shape))
+        return features(self, images, mask, **options)
+
+    monkeypatch.setattr(models.Detector, "features", watched)
+    train.main(flags(tiny_scenes, detector=detector, steps=1, out=tmp_path / "run",
+                     **{"train-sizes": 70, "train-longest": 70, "test-size": 70,
+                        "test-longest": 70}))
+    assert seen == [(True, 4, 3, side, side)] + 7 * [(False, 1, 3, side, side)]
+
 
 @pytest.mark.parametrize("detector, more", [
     ("detr", []),
