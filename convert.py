@@ -358,10 +358,11 @@ def find_layout(weights):
 
 
 def settle_classes(weights, layout, detector):
-    """How many classes of ours the classifier knows: 80 or 1.  Raises CheckpointError.
+    """How many classes of ours the classifier knows, 80 or 1, and how many outputs are no class.
 
     Outputs for COCO's 91 ids become outputs for its 80 classes: within each anchor, and with DETR's
-    last one, "no object".
+    last one, "no object".  DETR and Deformable DETR keep those of the other 11 ids behind the
+    classes, for they take part in the softmax and in the ranking.  Raises CheckpointError.
     """
     own = r"score\.2\." if "score.2.weight" in weights else r"score\.(?=weight|bias)"
     pattern = {"deformable-detr": r"score\.\d\.", "sparse-rcnn": r"stages\.\d\.score\."}
@@ -370,16 +371,18 @@ def settle_classes(weights, layout, detector):
         raise CheckpointError(f"{layout}: its classifier is missing")
 
     anchors, no_object = 9 if detector == "retinanet" else 1, detector == "detr"
-    num_classes = len(weights[classifiers[0]]) // anchors - no_object
+    num_classes, unused = len(weights[classifiers[0]]) // anchors - no_object, []
     if num_classes == 91:
+        if detector in ("detr", "deformable-detr"):
+            unused = [i for i in range(91) if i not in COCO_IDS]
         for key in classifiers:
             w = weights[key].unflatten(0, (anchors, -1))            # (A, 91 or 92, ...)
-            weights[key] = w[:, COCO_IDS + [91] * no_object].flatten(0, 1)
+            weights[key] = w[:, COCO_IDS + unused + [91] * no_object].flatten(0, 1)
         num_classes = 80
     if num_classes not in (1, 80):
         raise CheckpointError(f"{layout} with {num_classes} classes: only COCO's 80 (or 91 ids) "
                               f"and CrowdHuman's 1 can be converted")
-    return num_classes
+    return num_classes, len(unused)
 
 
 def fitted(weights, own, layout):
@@ -418,7 +421,9 @@ def convert(weights, resnet=None):
         fold_bias(weights)
     if detector == "fcos" and "variant" in build:
         weights.setdefault("scale", torch.ones(5))          # they have none
-    num_classes = settle_classes(weights, layout, detector)
+    num_classes, unused_ids = settle_classes(weights, layout, detector)
+    if unused_ids:
+        options["unused_ids"] = unused_ids
 
     build = {**build, **options, "num_classes": num_classes}
     model = fitted(weights, checkpoints.build(**build).state_dict(), layout)

@@ -99,6 +99,21 @@ def test_crowdhumans_one_class_brings_its_test_size(name, shortest, longest):
     assert checkpoint["test_transform"] == {"shortest": shortest, "longest": longest}
 
 
+def test_detrs_unused_ids_stay_behind_the_classes():
+    """Rows of the published classifiers by COCO's id: 80, then 0 and the ten gaps, "no object"."""
+    gaps = [0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
+    for name, key, theirs in [("detr_r50", "score.weight", "class_embed.weight"),
+                              ("deformable_detr_r50", "score.0.weight", "class_embed.0.weight")]:
+        weights = published_weights(name)
+        _, checkpoint = convert.convert(weights)
+        build = checkpoint["build"]
+        rows = checkpoint["model"][key]
+        assert (build["num_classes"], build["unused_ids"]) == (80, 11)
+        assert torch.equal(rows[[0, 11, 79]], weights[theirs][[1, 13, 90]])
+        assert torch.equal(rows[80:91], weights[theirs][gaps])
+        assert torch.equal(rows[91:], weights[theirs][91:])
+
+
 def test_cocos_classes_are_ranks_of_their_ids():
     assert len(convert.COCO_IDS) == len(convert.COCO_NAMES) == 80
     known = dict(zip(convert.COCO_IDS, convert.COCO_NAMES))
