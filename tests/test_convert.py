@@ -25,8 +25,8 @@ from test_parity import loaded, reference, value
 
 def published_weights(name):
     """Named tensors of a published model, as its authors' code names and shapes them."""
-    shapes = reference()[name]["shapes"]
-    return {key: value(key, shape, shapes) for key, shape in shapes.items()}
+    shapes, aliases = reference()[name]["shapes"], reference()[name].get("aliases", {})
+    return {key: value(aliases.get(key, key), shape, shapes) for key, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ import losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:.create_unbacked_symint")     # torchvision's own
 
-SIDE, B, G, C = 64, 2, 3, 4           # pixels; images; objects of an image; classes
+SIDE, C = 64, 4                       # pixels; classes
+B, G = 2, 3                           # images; objects of an image
 DENSE = {"width": 32, "depth": 1, "extra_levels": 1}
 QUERY = {"width": 32, "heads": 4, "layers": 2, "hidden": 48, "queries": 12}
 OPTIONS = {
