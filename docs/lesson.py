@@ -38,15 +38,15 @@ for strategy in (assign.hungarian, assign.min_cost):
 
 # %% [markdown]
 # ## 2. A picture and its objects
-# A target holds boxes (x1, y1, x2, y2 in pixels) and classes.  The pictures are drawn when they are
-# first needed.
+# A target holds boxes (x1, y1, x2, y2 in pixels) and classes.  A batch is padded to a multiple of 32
+# pixels.  The pictures are drawn when they are first needed.
 
 # %%
 files = {split: data.locate({"data": "scenes", "data_dir": DATA}, split)
          for split in ("train", "val")}
 truth = read_annotations(*files["train"])
 pictures = data.Pictures(truth, data.Transform([128], 128))
-images, mask, targets = data.collate([pictures[0, 0]])
+images, mask, targets = data.collate([pictures[0, 0]], 32)
 print(f"picture {targets[0]['image_id']}: {len(targets[0]['boxes'])} objects")
 for box, label in zip(targets[0]["boxes"].tolist(), targets[0]["labels"].tolist()):
     print(f"  {truth.class_names[label]:9} {[round(side) for side in box]}")
