@@ -38,8 +38,8 @@ for strategy in (assign.hungarian, assign.min_cost):
 
 # %% [markdown]
 # ## 2. A picture and its objects
-# A target holds boxes (x1, y1, x2, y2 in pixels) and classes.  A batch is padded to a multiple of 32
-# pixels.  The pictures are drawn when they are first needed.
+# A target holds boxes (x1, y1, x2, y2 in pixels) and classes.  A batch is padded to a multiple of
+# 32 pixels.  The pictures are drawn when they are first needed.
 
 # %%
 files = {split: data.locate({"data": "scenes", "data_dir": DATA}, split)
