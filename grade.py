@@ -53,7 +53,8 @@ def demand(rule, kept, sentence):
 
 # rule: points, in words
 STRATEGY = {
-    "answers": (20, "answers every cost (Q, G), also with Q = 0, G = 0 or G > Q"),
+    "answers": (15, "answers every cost (Q, G), also with Q = 0, G = 0 or G > Q"),
+    "chooses": (5, "gives somebody a positive sample, where every pair is allowed"),
     "form": (15, "returns two long vectors of one length"),
     "range": (10, "numbers that exist: predictions 0...Q-1, objects 0...G-1 or IGNORE"),
     "forbidden": (15, "never uses a forbidden pair (cost inf)"),
@@ -92,6 +93,9 @@ def check_contract(strategy, cost):
            f"an object must be one of 0 ... G - 1 (here G = {G}), or {IGNORE} for a prediction to "
            f"ignore")
     positive = objects != IGNORE
+    demand("chooses", positive.any() or not (cost < INF).all() or not cost.numel(),
+           f"a cost of {Q} x {G} in which every pair is allowed got no positive sample: nothing "
+           f"would be learned")
     demand("forbidden", (cost[prediction[positive], objects[positive]] < INF).all(),
            "a forbidden pair (cost inf) must never be used")
 

@@ -31,6 +31,11 @@ def f(cost):
     n = torch.arange(min(cost.shape))
     return n[cost[n, n] < float("inf")], n[cost[n, n] < float("inf")]
 """
+# whatever it says, nobody is anybody's: the order of nothing is always the same
+NOTHING = """import torch
+def f(cost):
+    return torch.zeros(2, 0, dtype=torch.long).unbind()
+"""
 SLOW = """import time, assign
 def f(cost):
     time.sleep(0.6 if len(cost) > 1000 else 0)
@@ -58,6 +63,7 @@ def lost(rows):
     (RANDOM, {}),
     (RANDOM.replace("f.randomised = True", ""), {"order": "if it draws lots"}),
     (CHEATING, {"order": "another order"}),
+    (NOTHING, {"chooses": "60 x 6 in which every pair is allowed got no positive"}),
     (SLOW, {"speed": "5000 x 20 took 0.6 s"}),
     ("def f(cost):\n    return 1 / 0\n", {"answers": "my.py, line 2: return 1 / 0"}),
     ("def f(cost):\n    cost += 1\n    return cost.argmin(0), cost.argmin(0)\n",
