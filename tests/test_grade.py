@@ -63,7 +63,7 @@ def lost(rows):
     (RANDOM, {}),
     (RANDOM.replace("f.randomised = True", ""), {"order": "if it draws lots"}),
     (CHEATING, {"order": "another order"}),
-    (NOTHING, {"chooses": "60 x 6 in which every pair is allowed got no positive"}),
+    (NOTHING, {"chooses": "in which every pair is allowed got no positive"}),
     (SLOW, {"speed": "5000 x 20 took 0.6 s"}),
     ("def f(cost):\n    return 1 / 0\n", {"answers": "my.py, line 2: return 1 / 0"}),
     ("def f(cost):\n    cost += 1\n    return cost.argmin(0), cost.argmin(0)\n",
