@@ -12,6 +12,7 @@ A checkpoint of train.py is a dict of plain values and tensors:
     test_transform                     how pictures were resized in evaluation
 """
 import contextlib
+import functools
 import io
 import os
 from pathlib import Path
@@ -70,11 +71,17 @@ def save_whole(content, file):
         os.fsync(stream.fileno())
 
 
+def weights_file(path):
+    """The checkpoint that a path names: the folder of a run stands for its last.pt."""
+    return Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+
+
 def read(file, harmless=()):
     """A checkpoint, read without running any code in it.  Raises CheckpointError.
 
-    harmless: classes it may hold beside tensors and plain values.
+    file: also the folder of a run   harmless: classes it may hold beside tensors and plain values
     """
+    file = weights_file(file)
     try:
         with torch.serialization.safe_globals(list(harmless)):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -169,14 +176,17 @@ def read_run(file):
 def load(file):
     """The detector that a checkpoint of train.py or convert.py describes, with its weights.
 
-    Returns (model, checkpoint).  Raises CheckpointError.
+    Returns (model, checkpoint): model.detect(picture) is ready.  Raises CheckpointError.
     """
     checkpoint = read(file)
     check_layout(checkpoint, file, OF_DETECTOR)
     with understood(file):
         model = build(**checkpoint["build"])
         model.load_state_dict(checkpoint["model"])
-    return model, checkpoint
+    transform = data.Transform(**checkpoint["test_transform"])
+    model.prepare = functools.partial(data.alone, transform=transform, divisor=model.divisor)
+    model.class_names = checkpoint["class_names"]
+    return model.eval(), checkpoint
 
 
 # ------------------------------------------------------------------------------------------------

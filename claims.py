@@ -5,6 +5,7 @@ figures and those of our runs to them.
 """
 from typing import NamedTuple
 
+from duplicates import gain
 from recipes import DENSE, NAMES
 
 QUERIES = tuple(name for name in NAMES if name not in DENSE)
@@ -48,7 +49,7 @@ class Figure(NamedTuple):
 
 def with_gains(numbers):
     """Beside NAME and NAME+NMS also NAME gain: what NMS adds."""
-    gains = {f"{name} gain": round(numbers[f"{name}+NMS"] - value, 4)
+    gains = {f"{name} gain": gain(numbers[f"{name}+NMS"], value)
              for name, value in numbers.items() if f"{name}+NMS" in numbers}
     return {**numbers, **gains}
 

@@ -333,6 +333,15 @@ def collate(samples, divisor):
     return images, mask, [target for _, target in samples]
 
 
+def alone(picture, transform, divisor):
+    """A batch of one PIL picture, as evaluation shows it: images, mask, targets without objects."""
+    view = transform(picture.convert("RGB"), torch.zeros(0, 4), np.random.default_rng(0))
+    image = torch.from_numpy(np.array(view.picture)).permute(2, 0, 1)        # (3, H, W)
+    target = {"size": torch.tensor(image.shape[1:]),
+              "original_size": torch.tensor([picture.height, picture.width])}
+    return collate([(image, target)], divisor)
+
+
 def batch_stream(annotations, batch_size, seed, skip_empty=False):
     """Endless lists of `batch_size` keys (epoch, index): the order of training, of all processes.
 

@@ -123,11 +123,17 @@ def diagnose(pictures, measure, progress=iter):
     return found
 
 
+def gain(with_nms, without):
+    """What NMS adds, by the printed figures: the difference of the two with one decimal each."""
+    return round(round(with_nms, 1) - round(without, 1), 1) + 0.0    # + 0.0: never -0.0
+
+
 def verdict(found, name="AP"):
     """One sentence, in the paper's words, and the thresholds behind it."""
     if not found["objects"] or not found["found"]:
         return f"cannot be told: {'nothing is found' if found['objects'] else 'no objects'}."
-    gains = {threshold: figures[name] - found[name] for threshold, figures in found["nms"].items()}
+    gains = {threshold: gain(figures[name], found[name])
+             for threshold, figures in found["nms"].items()}
     best = max(gains, key=gains.get)
     gap = f"the median score gap is {found['score gap'][1]:.2f}"
     if gains[best] >= NEEDS:
@@ -135,7 +141,7 @@ def verdict(found, name="AP"):
     elif gains[best] > FREE:
         said = f"nearly end-to-end: NMS still adds {gains[best]:.1f} {name} (at IoU {best}), and"
     else:
-        said = f"end-to-end: NMS changes {name} by {gains['0.5'] + 0.0:+.1f} (at IoU 0.5), and"
+        said = f"end-to-end: NMS changes {name} by {gains['0.5']:+.1f} (at IoU 0.5), and"
     said += f" {gap}"
     if gains["0.5"] <= -NEEDS:
         said += f"; NMS at IoU 0.5 costs {-gains['0.5']:.1f} {name}"

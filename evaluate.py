@@ -62,6 +62,9 @@ def coco_object(images, categories, boxes):
 def coco_metrics(gt, detections, max_dets=100, image_ids=None):
     """AP, AP50, AP75, APs, APm, APl and AR in percent; -1 where there is nothing to measure.
 
+    Under "classes", by name: AP and AP50, the largest F1 at IoU 0.5 and the score from which
+    detections then count.
+
     gt: pycocotools COCO   detections: dicts with image_id, category_id, bbox (xywh), score
 
     The figures are read at `max_dets` themselves: the first summary line of pycocotools is
@@ -86,7 +89,15 @@ def coco_metrics(gt, detections, max_dets=100, image_ids=None):
             "APs": percent(precision[:, :, :, 1]),
             "APm": percent(precision[:, :, :, 2]),
             "APl": percent(precision[:, :, :, 3]),
-            "AR": percent(recall[:, :, 0])}
+            "AR": percent(recall[:, :, 0]),
+            "classes": {str(gt.cats[i].get("name", i)): of_class(run, k)
+                        for k, i in enumerate(run.params.catIds)}}
+
+
+def of_class(run, k):
+    precision = run.eval["precision"][:, :, k, 0]
+    f1, score = coco.best_f1(run, k)
+    return {"AP": percent(precision), "AP50": percent(precision[0]), "F1": f1, "score": score}
 
 
 def ground_truth(a):
@@ -100,7 +111,8 @@ def ground_truth(a):
     boxes = [{"id": n, "image_id": a.image_ids[i], "category_id": a.category_ids[label],
               "iscrowd": int(ignore), "bbox": xywh, "area": area}
              for n, (i, label, ignore, xywh, area) in enumerate(columns, 1)]
-    gt = coco_object([{"id": i} for i in a.image_ids], [{"id": i} for i in a.category_ids], boxes)
+    classes = [{"id": i, "name": name} for i, name in zip(a.category_ids, a.class_names)]
+    gt = coco_object([{"id": i} for i in a.image_ids], classes, boxes)
     return gt, None if a.full_boxes is None else crowd.crowd_truth(a)
 
 
@@ -199,9 +211,20 @@ def describe(found):
         return f"without NMS: {describe_crowd(found)}\nwith NMS:    {describe_crowd(nms)}"
     text = []
     for name in ("AP", "AP50"):
-        gain = nms[name] - found[name]
+        gain = duplicates.gain(nms[name], found[name])
         text.append(f"{name} {found[name]:.1f}   {name}(+NMS) {nms[name]:.1f} ({gain:+.1f})")
     return "   ".join(text)
+
+
+def describe_classes(found):
+    """The figures of each class, without NMS, as lines."""
+    classes = found.get("coco", found)["classes"]
+    width = max([5, *map(len, classes)])
+    text = [f"{'class':{width}}     AP   AP50     F1  from score"]
+    for name, of in classes.items():
+        score = "" if of["score"] is None else f"{of['score']:10.2f}"
+        text.append(f"{name:{width}} {of['AP']:6.1f} {of['AP50']:6.1f} {of['F1']:6.1f}  {score}")
+    return "\n".join(text)
 
 
 def describe_crowd(found):
@@ -346,14 +369,20 @@ def run_results(args):
     else:
         found = score_file(args.gt, args.dt, args.max_dets or 100)
     for name, value in found.items():
-        print(f"{name:5} {value:6.2f}")
+        if name != "classes":
+            print(f"{name:5} {value:6.2f}")
+    if args.per_class and "classes" in found:
+        print(describe_classes(found))
     if args.out:
         runs.write_json(args.out, found, indent=1)
 
 
 def run_annotations(args):
     given = data_flags(args)
-    flags = {**given, "data": data.data_set(given, "crowd")}
+    flags = {**given, "data": data.data_set(given, None)}
+    if not flags["data"]:                    # nothing is drawn that nobody asked for
+        raise annotations.DataError("annotations wants --data crowd, --data crowdhuman, or "
+                                    "--val-json and --val-images")
     file, folder = data.locate(flags, "val")
     if not file.endswith(".odgt"):
         raise annotations.DataError(f"{file}: annotations are compared on CrowdHuman's files: "
@@ -366,7 +395,8 @@ def run_annotations(args):
 
 
 def run_nms(args):
-    folder = Path(args.out or Path(args.weights or args.dt).parent)
+    folder = Path(args.out or (checkpoints.weights_file(args.weights) if args.weights
+                               else Path(args.dt)).parent)
     if args.weights:
         results, truth, max_dets = checkpoint_results(args)
         detections = results["plain"]
@@ -387,7 +417,8 @@ def run_nms(args):
     print(f"{describe_diagnosis(found)}\n{found['verdict']}")
     folder.mkdir(parents=True, exist_ok=True)
     runs.write_json(folder / "nms.json", found, indent=1)
-    title = figures.row_name(Path(args.weights).parent) if args.weights else Path(args.dt).name
+    title = (figures.row_name(checkpoints.weights_file(args.weights).parent) if args.weights
+             else Path(args.dt).name)
     figures.nms_curves({title: found}, folder / "nms.png")
     print(f"wrote {folder / 'nms.json'} and {folder / 'nms.png'}")
 
@@ -396,7 +427,7 @@ def checkpoint_results(args):
     """What `detect` finds with a checkpoint, the Annotations it is judged by, and max_dets."""
     model, checkpoint = checkpoints.load(args.weights)
     trained = checkpoint["args"]
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = runs.usable_device(args.device)
 
     # the data it was validated on, unless other data are named
     given = data_flags(args)
@@ -424,6 +455,8 @@ def run_checkpoint(args):
     results, truth, max_dets = checkpoint_results(args)
     found = metrics(ground_truth(truth), results, max_dets, truth.image_ids)
     print(describe(found))
+    if args.per_class:
+        print(describe_classes(found))
     if args.out:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
@@ -446,6 +479,7 @@ def make_parser():
     c = commands.add_parser("results", argument_default=argparse.SUPPRESS,
                             help="score the result file of any detector")
     add_result_flags(c, required=True)
+    c.add_argument("--per-class", action="store_true", help="also the figures of each class")
     c.add_argument("--out", metavar="F", help="also write the figures to this file")
     c.add_argument("--max-dets", type=int, metavar="N",
                    help="detections per image and class that count (default 100, crowdhuman 500)")
@@ -464,6 +498,8 @@ def make_parser():
     data.add_data_flags(c, train=False)
 
     add_checkpoint_flags(parser, "write metrics.json, detections.json and detections_nms.json here")
+    parser.add_argument("--per-class", action="store_true",
+                        help="also AP of each class, and the score with the largest F1")
     parser.set_defaults(gt=None, dt=None, protocol="coco", images=None)
     return parser
 
@@ -483,7 +519,8 @@ def add_result_flags(g, required=False):
 
 
 def add_checkpoint_flags(parser, out):
-    parser.add_argument("--weights", metavar="F", help="a checkpoint of train.py: last.pt")
+    parser.add_argument("--weights", metavar="F",
+                        help="a checkpoint of train.py: last.pt, or the run's folder")
     g = parser.add_argument_group("data (default: what the checkpoint was validated on)")
     data.add_data_flags(g, train=False)
     g = parser.add_argument_group("how")
@@ -503,7 +540,7 @@ def add_checkpoint_flags(parser, out):
 def main():
     parser = make_parser()
     args = parser.parse_args()
-    faults = annotations.DataError, checkpoints.CheckpointError, OSError
+    faults = annotations.DataError, checkpoints.CheckpointError, runs.RunError
     try:
         with runs.faults_told("evaluate.py", *faults):
             if args.command == "results":

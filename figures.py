@@ -7,6 +7,7 @@
     python figures.py nms RUN [RUN ...]         AP by threshold of NMS, and the score gaps
     python figures.py hero RUN RUN RUN          detections without NMS, side by side
     python figures.py wander RUN RUN            positives over training, a GIF
+    python figures.py detections --weights RUN --images FOLDER --out DIR    pictures of your own
 
 A RUN is a folder of train.py.
 """
@@ -14,7 +15,6 @@ import argparse
 import csv
 import json
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ matplotlib.use("Agg")                        # files only, no window
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 import annotations
 import assign
@@ -32,6 +33,7 @@ import checkpoints
 import data
 import losses
 import positives
+from runs import RunError, faults_told, usable_device, write_json
 from scenes import contact_sheet
 
 COLOURS = ((230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
@@ -47,7 +49,7 @@ def draw_boxes(picture, boxes, labels, class_names, scores=None, side=384):
     """
     factor = min(max(1.0, side / max(picture.size)), 2 * side / max(picture.size))
     canvas = picture.resize([round(v * factor) for v in picture.size], Image.BILINEAR)
-    pen = ImageDraw.Draw(canvas)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(10, max(canvas.size) / 80))
     for n, (box, label) in enumerate(zip(boxes, labels)):
         name = class_names[label] if label >= 0 else "ignored"
         colour = COLOURS[label % len(COLOURS)] if label >= 0 else IGNORED
@@ -55,12 +57,13 @@ def draw_boxes(picture, boxes, labels, class_names, scores=None, side=384):
 
         # a box of a wrong sign is drawn as a line, where PIL would stop with an error
         x1, y1, x2, y2 = (v * factor for v in box)
-        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=2)
+        corners = x1, y1, max(x1, x2), max(y1, y2)
+        pen.rectangle(corners, outline=colour, width=max(2, max(canvas.size) // 400))
 
         # the name inside the box's corner, pushed left where it would leave the picture
-        at = (min(x1 + 3, canvas.width - pen.textlength(text) - 1), max(0, y1 + 1))
-        pen.rectangle(pen.textbbox(at, text), fill=colour)
-        pen.text(at, text, fill="black")
+        at = (min(x1 + 3, canvas.width - pen.textlength(text, font) - 1), max(0, y1 + 1))
+        pen.rectangle(pen.textbbox(at, text, font), fill=colour)
+        pen.text(at, text, fill="black", font=font)
     return canvas
 
 
@@ -571,6 +574,57 @@ def wandering(runs, file, image=None, count=3):
 
 
 # ------------------------------------------------------------------------------------------------
+# detections on pictures of one's own
+# ------------------------------------------------------------------------------------------------
+
+def picture_files(paths):
+    """[(file, its name below the path given)]: files as they are, of folders all pictures in them.
+
+    Raises DataError.
+    """
+    Image.init()
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in Image.EXTENSION)
+        if path.is_dir() and not inside:
+            raise annotations.DataError(f"{path}: holds no pictures")
+        found += [(f, f.relative_to(path)) for f in inside] or [(path, path.name)]
+    return found
+
+
+def draw_detected(weights, paths, out, threshold=0.3, nms=False, max_dets=100, device=None):
+    """Pictures with the boxes that a detector finds: OUT/NAME.png, and OUT/detections.json.
+
+    The file has COCO's result format, with the pictures' names as ids.  Returns what could not be
+    read, a sentence each; the others are done.  Raises DataError, CheckpointError, RunError.
+    """
+    device = usable_device(device)
+    files = picture_files(paths)
+    model, checkpoint = checkpoints.load(weights)
+    model.to(device)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    results, faults = [], []
+    for file, name in tqdm(files, "detecting", disable=None, leave=False):
+        try:
+            picture = annotations.load_picture(file)
+        except annotations.DataError as error:
+            faults.append(str(error))
+            continue
+        boxes, scores, labels = model.detect(picture, max_dets, nms)
+        for (x1, y1, x2, y2), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
+            results.append({"image_id": str(name), "bbox": [x1, y1, x2 - x1, y2 - y1],
+                            "category_id": checkpoint["category_ids"][label], "score": score})
+        good = scores >= threshold
+        drawn = draw_boxes(picture, boxes[good].tolist(), labels[good].tolist(), model.class_names,
+                           scores[good].tolist(), side=max(384, *picture.size))
+        drawn.save(out / (str(name).replace("/", "_") + ".png"))
+    write_json(out / "detections.json", results)
+    print(f"wrote {len(files) - len(faults)} pictures and detections.json to {out}")
+    return faults
+
+
+# ------------------------------------------------------------------------------------------------
 # the command line
 # ------------------------------------------------------------------------------------------------
 
@@ -599,17 +653,34 @@ def main():
                        help="the picture to write")
         if name not in ("curves", "nms"):
             c.add_argument("--image", metavar="ID", help="a picture of your choice")
+    words = "what a detector finds in pictures of your own"
+    c = commands.add_parser("detections", help=words, description=words)
+    c.add_argument("--weights", required=True, metavar="F", help="last.pt, or the run's folder")
+    c.add_argument("--images", required=True, nargs="+", metavar="PATH", help="folders and files")
+    c.add_argument("--out", required=True, metavar="DIR",
+                   help="for NAME.png of each picture, and detections.json (COCO's result format)")
+    c.add_argument("--score", type=float, default=0.3, metavar="X",
+                   help="draw boxes that score at least this (default 0.3); the file holds all")
+    c.add_argument("--nms", action="store_true", help="with NMS, as the detector's authors did")
+    c.add_argument("--max-dets", type=int, default=100, metavar="N", help="a picture (default 100)")
+    c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args()
-    try:
+
+    faults = (annotations.DataError, checkpoints.CheckpointError, RunError, KeyError,
+              ValueError)
+    with faults_told("figures.py", *faults):
+        if args.command == "detections":
+            unread = draw_detected(args.weights, args.images, args.out, args.score, args.nms,
+                                   args.max_dets, args.device)
+            if unread:
+                raise annotations.DataError("\n".join(unread))
+            return
         draw, choice = COMMANDS[args.command][0], {}
         if getattr(args, "image", None) is not None:
             choice["image"] = args.image
         for line in draw(args.runs, args.out, **choice) or []:
             print(line)
         print(f"wrote {args.out}")
-    except (OSError, KeyError, ValueError) as error:
-        print(f"figures.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

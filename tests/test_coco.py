@@ -42,3 +42,47 @@ def test_equal_overlaps_and_equal_scores_are_settled_as_pycocotools_does():
 
 def test_without_objects_there_is_nothing_to_measure():
     assert ours(ground_truth([]), [detection((0, 0, 1, 1), 0.5)], [True]) == {"AP": -1, "AP50": -1}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_figures_of_a_class_are_pycocotools_own_on_that_class_alone(seed):
+    """And the mean over the classes is the whole."""
+    truth, found = random_case(seed)
+    gt = evaluate.coco_object(truth["images"], truth["categories"], truth["annotations"])
+    of_all = evaluate.coco_metrics(gt, found)
+    for category in truth["categories"]:
+        one = {key: [part for part in truth[key] if part["category_id"] == category["id"]]
+               for key in ("annotations",)}
+        alone = evaluate.coco_object(truth["images"], [category], one["annotations"])
+        expected = evaluate.coco_metrics(
+            alone, [d for d in found if d["category_id"] == category["id"]])
+        own = of_all["classes"][category["name"]]
+        assert (own["AP"], own["AP50"]) == (expected["AP"], expected["AP50"])
+    means = [of["AP"] for of in of_all["classes"].values()]
+    assert of_all["AP"] == pytest.approx(sum(means) / len(means), abs=1e-3)
+
+
+def f1_of(found, objects, crowd=()):
+    """Of objects far apart, a row each; the detections are on them or on nothing."""
+    truth = ground_truth([(1, 1, (60 * n, 0, 50, 50)) for n in range(objects)])
+    truth["annotations"] += [{"id": 99 + n, "image_id": 1, "category_id": 1, "iscrowd": 1,
+                              "bbox": list(box), "area": 1} for n, box in enumerate(crowd)]
+    gt = evaluate.coco_object(truth["images"], truth["categories"], truth["annotations"])
+    boxes = [detection((60 * n, 0, 50, 50) if n >= 0 else (0, 300, 9, 9), score)
+             for n, score in found]
+    own = evaluate.coco_metrics(gt, boxes)["classes"]["class 1"]
+    return own["F1"], own["score"]
+
+
+def test_the_largest_f1_and_its_score_by_hand():
+    """F1 = 2 hits / (detections + objects).  A second detection of an object is false."""
+    hit, miss = 0, -1
+    assert f1_of([(0, 0.9), (1, 0.8), (miss, 0.7), (2, 0.6)], 4) == (75.0, 0.6)      # 2 3 / (4 + 4)
+    assert f1_of([(0, 0.9), (1, 0.8), (miss, 0.7), (miss, 0.6)], 2) == (100.0, 0.8)
+    assert f1_of([(hit, 0.9), (hit, 0.8)], 1) == (100.0, 0.9)
+    # of equal scores all count or none: 2 1 / (2 + 1), not 2 1 / (1 + 1)
+    assert f1_of([(0, 0.5), (miss, 0.5)], 1) == (pytest.approx(66.6667), 0.5)
+    assert f1_of([(miss, 0.5)], 3)[0] == 0
+    assert f1_of([], 3) == (0, None) and f1_of([(miss, 0.5)], 0)[0] == -1
+    # what lies in a crowd region does not count
+    assert f1_of([(miss, 0.9), (0, 0.8)], 1, crowd=[(0, 290, 50, 50)]) == (100.0, 0.8)
