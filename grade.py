@@ -345,7 +345,7 @@ def main():
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of --reference")
     args = parser.parse_args()
     own = ["--data-dir", args.data_dir] if args.data_dir else []
-    try:
+    with runs.faults_told("grade.py", AssignError, annotations.DataError):
         if args.reference:
             reference = {rule: [effect(f"runs/reference/{rule.split()[0]}-{seed}",
                                        [*words, "--seed", str(seed), *own]) for seed in args.seeds]
@@ -372,9 +372,6 @@ def main():
                 print(f"{rule}, {len(seeds)} seeds: {bands}")
             print(f"{args.function}: " + ", ".join(f"{n} {v:.2f}" for n, v in figures.items()))
             rows += effect_points(figures, reference)
-    except (AssignError, annotations.DataError, OSError) as error:
-        print(f"grade.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
     for _, words, points, of, wrong in rows:
         print(f"{points:3}/{of:<3} {words}" + (f"\n        {wrong}" if wrong else ""))

@@ -10,7 +10,6 @@ train and validate on scenes of seed 0, this file draws those of seed 1.
 """
 import argparse
 import hashlib
-import sys
 import time
 from pathlib import Path
 
@@ -148,13 +147,10 @@ def main():
                         help="of weights, order and crops (default 0)")
     args = parser.parse_args()
     started = time.time()
-    try:
+    with runs.faults_told("pretrain.py", ValueError):
         model = train(args.steps, args.batch_size, seed=args.seed)
         save(model, args.out)
         digest = hashlib.sha256(Path(args.out).read_bytes()).hexdigest()
-    except (OSError, ValueError) as error:
-        print(f"pretrain.py: {error}", file=sys.stderr)
-        sys.exit(2)
     minutes = (time.time() - started) / 60
     print(f"{accuracy(model):.1f}% of held-out creatures told right, after {minutes:.1f} minutes")
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, SHA-256 {digest}")

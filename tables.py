@@ -243,13 +243,11 @@ def main():
         words, extra = words[:words.index("--")], words[words.index("--") + 1:]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        sys.exit(run(read_command(words), extra))
+        with runs.faults_told("tables.py", UsageError, RunError, annotations.DataError):
+            sys.exit(run(read_command(words), extra))
     except KeyboardInterrupt:
         print("tables.py: interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
-    except (UsageError, RunError, annotations.DataError, OSError) as error:
-        print(f"tables.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
