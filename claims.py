@@ -42,14 +42,22 @@ class Figure(NamedTuple):
     spread: float = 0.0
     seeds: int = 1
 
-    def text(self, sign=""):
-        number = f"{round(self.mean, 1) + 0.0:{sign}.1f}"            # + 0.0: never -0.0
-        return number if self.seeds == 1 else f"{number} ± {self.spread:.1f}"
+
+def text(row, name):
+    """A figure of a row, {name: Figure}, as it is printed; "" where there is none."""
+    figure = row.get(name)
+    if figure is None:
+        return ""
+    number = f"{round(figure.mean, 1) + 0.0:.1f}"                    # + 0.0: never -0.0
+    without = name.removesuffix(" gain")
+    if without != name:
+        number = f"{gain(row[without].mean, row[without + '+NMS'].mean):+.1f}"
+    return number if figure.seeds == 1 else f"{number} ± {figure.spread:.1f}"
 
 
 def with_gains(numbers):
-    """Beside NAME and NAME+NMS also NAME gain: what NMS adds."""
-    gains = {f"{name} gain": gain(numbers[f"{name}+NMS"], value)
+    """Beside NAME and NAME+NMS also NAME gain: what NMS adds, unrounded, as statements judge it."""
+    gains = {f"{name} gain": round(numbers[f"{name}+NMS"] - value, 4)
              for name, value in numbers.items() if f"{name}+NMS" in numbers}
     return {**numbers, **gains}
 
@@ -132,9 +140,9 @@ def verdict(statement, detectors, ours, paper):
     told, against, missing = {"The paper": [], "These runs": []}, [], []
     for detector in detectors:
         for table, texts in zip((paper, ours), told.values()):
-            known = [table.get((detector, rule), {}).get(figure) for rule, figure in about]
-            signs = ["+" * ("gain" in figure) for _, figure in about]
-            values = [figure.text(sign) for figure, sign in zip(known, signs) if figure]
+            rows = [(table.get((detector, rule), {}), figure) for rule, figure in about]
+            known = [row.get(figure) for row, figure in rows]
+            values = [text(row, figure) for row, figure in rows if figure in row]
             texts.append(f"{NAMES[detector]} {', '.join(values) or '-'}")
 
         if not all(known):                                           # of these runs

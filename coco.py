@@ -1,4 +1,4 @@
-"""COCO's AP of many parts of one list of detections: overlaps are computed once.
+"""COCO's AP of many parts of one list of detections, with overlaps computed once; and best F1.
 
 pycocotools is the judge, and makes the figures of metrics.json; tests hold this file to it.  It is
 here because "what does NMS at IoU 0.3, 0.4, ... change?" asks for the AP of nine parts of one list,
@@ -145,3 +145,24 @@ def curve(scores, hits, ignored, total):
         inside = at < len(scores)
         values[t, inside] = precision[t, at[inside]]
     return values
+
+
+def best_f1(scores, hits, total):
+    """The highest F1 (percent) that a score threshold gives, and that threshold.
+
+    scores: (D,)   hits: (D,) bool, true positives   total: how many objects there are
+
+    F1 is the harmonic mean of precision and recall, 2 TP / (detections + objects).  Of thresholds
+    that are equally good the highest; (-1, None) without objects, (0, None) where nothing hits.
+    """
+    if not total:
+        return -1.0, None
+    order = np.argsort(-scores, kind="stable")
+    scores, true = scores[order], hits[order].cumsum()
+    f1 = 2 * true / (np.arange(1, len(scores) + 1) + total)
+    # a threshold lets equal scores in together: only the last of them is a place to stop
+    f1[:-1][scores[:-1] == scores[1:]] = 0
+    if not f1.any():
+        return 0.0, None
+    best = f1.argmax()
+    return round(100 * float(f1[best]), 4), float(scores[best])

@@ -1,6 +1,7 @@
 """Figures without and with NMS, from one inference pass (the two columns of Tables 1 and 2).
 
     python evaluate.py --weights runs/fcos/last.pt      the checkpoint alone is enough
+                                                        (--per-class: the figures of each class)
     python evaluate.py results --gt instances.json --dt detections.json     any detector's results
     python evaluate.py nms --gt instances.json --dt detections.json     does it need NMS? (also of
                                                         a checkpoint: nms --weights last.pt)
@@ -59,16 +60,13 @@ def coco_object(images, categories, boxes):
     return gt
 
 
-def coco_metrics(gt, detections, max_dets=100, image_ids=None):
-    """AP, AP50, AP75, APs, APm, APl and AR in percent; -1 where there is nothing to measure.
+def coco_run(gt, detections, max_dets=100, image_ids=None):
+    """pycocotools' COCOeval of a list of detections, with everything matched and accumulated.
 
     Under "classes", by name: AP and AP50, the largest F1 at IoU 0.5 and the score from which
     detections then count.
 
     gt: pycocotools COCO   detections: dicts with image_id, category_id, bbox (xywh), score
-
-    The figures are read at `max_dets` themselves: the first summary line of pycocotools is
-    hard-wired to 100 detections and says -1 for any other number.
     """
     boxes = [{"id": n + 1, "image_id": d["image_id"], "category_id": d["category_id"],
               "bbox": d["bbox"], "score": d["score"], "area": d["bbox"][2] * d["bbox"][3],
@@ -80,7 +78,20 @@ def coco_metrics(gt, detections, max_dets=100, image_ids=None):
         run.params.imgIds = sorted(image_ids)
     quiet(run.evaluate)
     quiet(run.accumulate)
+    return run
 
+
+def coco_metrics(gt, detections, max_dets=100, image_ids=None):
+    """AP, AP50, AP75, APs, APm, APl and AR in percent; -1 where there is nothing to measure."""
+    return coco_figures(coco_run(gt, detections, max_dets, image_ids))
+
+
+def coco_figures(run):
+    """coco_metrics of a COCOeval.
+
+    They are read at its own number of detections: the first summary line of pycocotools is
+    hard-wired to 100 and says -1 for any other number.
+    """
     precision = run.eval["precision"]            # (IoU, recall, class, area, 1)
     recall = run.eval["recall"]                  # (IoU, class, area, 1)
     return {"AP": percent(precision[:, :, :, 0]),
@@ -98,6 +109,37 @@ def of_class(run, k):
     precision = run.eval["precision"][:, :, k, 0]
     f1, score = coco.best_f1(run, k)
     return {"AP": percent(precision), "AP50": percent(precision[0]), "F1": f1, "score": score}
+
+
+def class_figures(run):
+    """{name of the class: objects, AP, AP50, F1, score} of a COCOeval, without matching again.
+
+    F1 is the best at IoU 0.5, in percent, and score the threshold that gives it: what to show to
+    people who want to see neither mistakes nor gaps.  Two classes of one name bear their ids too.
+    """
+    categories = run.cocoGt.dataset["categories"]
+    names = [c["name"] for c in categories]
+    found, images = {}, len(run.params.imgIds)
+    areas = len(run.params.areaRng)
+    for k, category in enumerate(run.params.catIds):
+        name = next(c["name"] for c in categories if c["id"] == category)
+        if names.count(name) > 1:
+            name = f"{name} ({category})"
+        # of the class's pictures those with objects or detections; area range 0 is "all"
+        first = k * areas * images
+        pictures = [p for p in run.evalImgs[first:first + images] if p]
+        objects = sum(int((p["gtIgnore"] == 0).sum()) for p in pictures)
+        precision = run.eval["precision"][:, :, k, 0]                # (IoU, recall, 1)
+
+        scores, hits = np.zeros(0), np.zeros(0, bool)
+        for p in pictures:                           # IoU 0 of ten is 0.5; crowds do not count
+            counts = ~p["dtIgnore"][0].astype(bool)
+            scores = np.append(scores, np.array(p["dtScores"])[counts])
+            hits = np.append(hits, p["dtMatches"][0][counts] > 0)
+        f1, score = coco.best_f1(scores, hits, objects)
+        found[name] = {"objects": objects, "AP": percent(precision), "AP50": percent(precision[0]),
+                       "F1": f1, "score": score}
+    return found
 
 
 def ground_truth(a):
@@ -183,11 +225,13 @@ def metrics(truth, results, max_dets=100, image_ids=None):
     """metrics.json: figures without NMS, and under "nms" (CenterNet: and "box_nms") those with it.
 
     On CrowdHuman's files they are AP50, mMR, recall and JI; COCO's figures then stand under "coco".
+    Beside COCO's figures, "classes" has those of each class (class_figures).
     """
     gt, pictures = truth
     of_variant = {}
     for variant, found in results.items():
-        of_variant[variant] = coco_metrics(gt, found, max_dets, image_ids)
+        run = coco_run(gt, found, max_dets, image_ids)
+        of_variant[variant] = {**coco_figures(run), "classes": class_figures(run)}
         if pictures is not None:
             of_variant[variant] = {
                 **crowd.crowd_metrics(pictures, crowd_lists(found), max_dets),
@@ -211,7 +255,7 @@ def describe(found):
         return f"without NMS: {describe_crowd(found)}\nwith NMS:    {describe_crowd(nms)}"
     text = []
     for name in ("AP", "AP50"):
-        gain = duplicates.gain(nms[name], found[name])
+        gain = duplicates.gain(found[name], nms[name])
         text.append(f"{name} {found[name]:.1f}   {name}(+NMS) {nms[name]:.1f} ({gain:+.1f})")
     return "   ".join(text)
 
@@ -230,6 +274,18 @@ def describe_classes(found):
 def describe_crowd(found):
     return (f"AP50 {found['AP50']:.1f}   mMR {found['mMR']:.1f}   recall {found['recall']:.1f}   "
             f"JI {found['JI']:.1f}   (COCO-style AP {found['coco']['AP']:.1f})")
+
+
+def describe_classes(found):
+    """The figures of each class as lines of text."""
+    plain, nms = (part.get("coco", part)["classes"] for part in (found, found["nms"]))
+    width = max(map(len, ("class", *plain)))
+    text = [f"{'class':{width}}  objects      AP  AP(+NMS)    AP50  best F1  at score"]
+    for name, row in plain.items():
+        score = "-" if row["score"] is None else f"{row['score']:.3f}"
+        text.append(f"{name:{width}}  {row['objects']:7}  {row['AP']:6.1f}  {nms[name]['AP']:8.1f}  "
+                    f"{row['AP50']:6.1f}  {row['F1']:7.1f}  {score:>8}")
+    return "\n".join([*text, "(F1 at IoU 0.5, without NMS)"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -499,7 +555,7 @@ def make_parser():
 
     add_checkpoint_flags(parser, "write metrics.json, detections.json and detections_nms.json here")
     parser.add_argument("--per-class", action="store_true",
-                        help="also AP of each class, and the score with the largest F1")
+                        help="also print AP, and the score that gives the best F1, of each class")
     parser.set_defaults(gt=None, dt=None, protocol="coco", images=None)
     return parser
 

@@ -148,8 +148,7 @@ def lines(args, extra, ours, paper):
         cells = [(row, name) for name in [*names, "minutes"]]
         cells += [(paper[detector, rule], name) for name in papers]
         table.append([f"`{flags}`" if flags else "no flag", NAMES[detector], rule]
-                     + [row[name].text("+" * ("gain" in name)) if name in row else ""
-                        for row, name in cells])
+                     + [claims.text(row, name) for row, name in cells])
     return table
 
 
