@@ -11,17 +11,15 @@ A checkpoint of train.py is a dict of plain values and tensors:
     pictures                           a digest of the training pictures' ids
     test_transform                     how pictures were resized in evaluation
 """
-import contextlib
 import functools
-import io
 import os
+import re
 from pathlib import Path
 
 import torch
 import torchvision
 
 import data
-import runs
 from models import DENSE, ResNet, Tiny
 from queries import QUERY
 from variants import VARIANTS
@@ -76,6 +74,11 @@ def weights_file(path):
     return Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
 
 
+def weights_file(given):
+    """The file that --weights, --init or another such flag names: a folder means its last.pt."""
+    return Path(given) / "last.pt" if Path(given).is_dir() else Path(given)
+
+
 def read(file, harmless=()):
     """A checkpoint, read without running any code in it.  Raises CheckpointError.
 
@@ -89,9 +92,12 @@ def read(file, harmless=()):
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); check the "
                               f"path") from None
     except Exception as error:       # cut short, not a checkpoint, or a pickle that would run code
-        if "GLOBAL" in str(error):   # PyTorch names the function or class that it would not call
+        # PyTorch names the function or class that it would not call
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named:
             raise CheckpointError(f"{file}: refused: it holds objects other than tensors and plain "
-                                  f"values, which could run code when loaded") from None
+                                  f"values ({named[1]}), which could run code when loaded; save "
+                                  f"its state dict alone") from None
         raise CheckpointError(f"{file}: not a readable checkpoint (cut short, or another kind of "
                               f"file); copy it again") from None
     if not isinstance(checkpoint, dict):
@@ -174,18 +180,25 @@ def read_run(file):
 
 
 def load(file):
-    """The detector that a checkpoint of train.py or convert.py describes, with its weights.
+    """The detector that a checkpoint of train.py or convert.py describes, ready to detect.
 
-    Returns (model, checkpoint): model.detect(picture) is ready.  Raises CheckpointError.
+    file: or a run's folder, for its last.pt
+
+    Returns (model, checkpoint), the model in evaluation mode.  Raises CheckpointError.
     """
+    file = weights_file(file)
     checkpoint = read(file)
     check_layout(checkpoint, file, OF_DETECTOR)
     with understood(file):
         model = build(**checkpoint["build"])
         model.load_state_dict(checkpoint["model"])
-    transform = data.Transform(**checkpoint["test_transform"])
-    model.prepare = functools.partial(data.alone, transform=transform, divisor=model.divisor)
+        transform = data.Transform(**checkpoint["test_transform"])
+    # of another version, or made by hand
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its weights do not fit its own description: "
+                              f"{type(error).__name__}: {error}") from None
     model.class_names = checkpoint["class_names"]
+    model.prepare = functools.partial(data.as_evaluated, transform=transform)
     return model.eval(), checkpoint
 
 

@@ -333,13 +333,18 @@ def collate(samples, divisor):
     return images, mask, [target for _, target in samples]
 
 
-def alone(picture, transform, divisor):
-    """A batch of one PIL picture, as evaluation shows it: images, mask, targets without objects."""
+def as_evaluated(picture, transform):
+    """A picture of one's own as evaluation shows one to a detector: a batch of one.
+
+    picture: a file's name, read upright, or a PIL picture, taken as its pixels lie
+    transform: Transform of evaluation   Raises DataError.
+    """
+    if not isinstance(picture, Image.Image):
+        picture = annotations.load_picture(picture)
     view = transform(picture.convert("RGB"), torch.zeros(0, 4), np.random.default_rng(0))
-    image = torch.from_numpy(np.array(view.picture)).permute(2, 0, 1)        # (3, H, W)
-    target = {"size": torch.tensor(image.shape[1:]),
-              "original_size": torch.tensor([picture.height, picture.width])}
-    return collate([(image, target)], divisor)
+    image = torch.from_numpy(np.array(view.picture)).permute(2, 0, 1)                # (3, H, W)
+    return collate([(image, {"size": torch.tensor(image.shape[1:]),
+                             "original_size": torch.tensor(picture.size[::-1])})])
 
 
 def batch_stream(annotations, batch_size, seed, skip_empty=False):

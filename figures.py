@@ -7,7 +7,7 @@
     python figures.py nms RUN [RUN ...]         AP by threshold of NMS, and the score gaps
     python figures.py hero RUN RUN RUN          detections without NMS, side by side
     python figures.py wander RUN RUN            positives over training, a GIF
-    python figures.py detections --weights RUN --images FOLDER --out DIR    pictures of your own
+    python figures.py detections --weights RUN --images FOLDER --out DIR    pictures of one's own
 
 A RUN is a folder of train.py.
 """
@@ -33,38 +33,9 @@ import checkpoints
 import data
 import losses
 import positives
-from runs import RunError, faults_told, usable_device, write_json
+import runs
+from detect import detect_files, draw_boxes
 from scenes import contact_sheet
-
-COLOURS = ((230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
-           (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (0, 128, 128))
-IGNORED = (170, 170, 170)
-
-
-def draw_boxes(picture, boxes, labels, class_names, scores=None, side=384):
-    """A copy of a PIL picture with boxes (xyxy) and class names drawn on it.
-
-    Its longer side becomes `side` to 2 `side` pixels.  A label of -1 marks a crowd or ignore
-    region, in grey.
-    """
-    factor = min(max(1.0, side / max(picture.size)), 2 * side / max(picture.size))
-    canvas = picture.resize([round(v * factor) for v in picture.size], Image.BILINEAR)
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(10, max(canvas.size) / 80))
-    for n, (box, label) in enumerate(zip(boxes, labels)):
-        name = class_names[label] if label >= 0 else "ignored"
-        colour = COLOURS[label % len(COLOURS)] if label >= 0 else IGNORED
-        text = name if scores is None else f"{name} {scores[n]:.2f}"
-
-        # a box of a wrong sign is drawn as a line, where PIL would stop with an error
-        x1, y1, x2, y2 = (v * factor for v in box)
-        corners = x1, y1, max(x1, x2), max(y1, y2)
-        pen.rectangle(corners, outline=colour, width=max(2, max(canvas.size) // 400))
-
-        # the name inside the box's corner, pushed left where it would leave the picture
-        at = (min(x1 + 3, canvas.width - pen.textlength(text, font) - 1), max(0, y1 + 1))
-        pen.rectangle(pen.textbbox(at, text, font), fill=colour)
-        pen.text(at, text, fill="black", font=font)
-    return canvas
 
 
 def caption(picture, text):
@@ -639,6 +610,26 @@ COMMANDS = {
 }
 
 
+def add_detections(commands):
+    words = "boxes drawn on pictures of one's own, and detections.json, in COCO's result format"
+    c = commands.add_parser("detections", help=words, description=words)
+    c.add_argument("--weights", required=True, metavar="RUN", help="a run's folder, or a checkpoint")
+    c.add_argument("--images", required=True, nargs="+", metavar="PATH",
+                   help="pictures, and folders of pictures")
+    c.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    c.add_argument("--score", type=float, default=0.3, metavar="S",
+                   help="what scores less is left out (default: 0.3; evaluate.py --per-class "
+                        "tells what is best)")
+    c.add_argument("--nms", action="store_true", help="with NMS")
+    c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+
+
+def run_detections(args):
+    model, checkpoint = checkpoints.load(args.weights)
+    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return detect_files(model, checkpoint, args.images, args.out, args.score, args.nms)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -653,34 +644,21 @@ def main():
                        help="the picture to write")
         if name not in ("curves", "nms"):
             c.add_argument("--image", metavar="ID", help="a picture of your choice")
-    words = "what a detector finds in pictures of your own"
-    c = commands.add_parser("detections", help=words, description=words)
-    c.add_argument("--weights", required=True, metavar="F", help="last.pt, or the run's folder")
-    c.add_argument("--images", required=True, nargs="+", metavar="PATH", help="folders and files")
-    c.add_argument("--out", required=True, metavar="DIR",
-                   help="for NAME.png of each picture, and detections.json (COCO's result format)")
-    c.add_argument("--score", type=float, default=0.3, metavar="X",
-                   help="draw boxes that score at least this (default 0.3); the file holds all")
-    c.add_argument("--nms", action="store_true", help="with NMS, as the detector's authors did")
-    c.add_argument("--max-dets", type=int, default=100, metavar="N", help="a picture (default 100)")
-    c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    add_detections(commands)
     args = parser.parse_args()
-
-    faults = (annotations.DataError, checkpoints.CheckpointError, RunError, KeyError,
-              ValueError)
-    with faults_told("figures.py", *faults):
-        if args.command == "detections":
-            unread = draw_detected(args.weights, args.images, args.out, args.score, args.nms,
-                                   args.max_dets, args.device)
-            if unread:
-                raise annotations.DataError("\n".join(unread))
-            return
-        draw, choice = COMMANDS[args.command][0], {}
-        if getattr(args, "image", None) is not None:
-            choice["image"] = args.image
-        for line in draw(args.runs, args.out, **choice) or []:
-            print(line)
-        print(f"wrote {args.out}")
+    try:
+        with runs.faults_told("figures.py", OSError, KeyError, ValueError):
+            if args.command == "detections":
+                told = run_detections(args)
+            else:
+                chosen = {"image": args.image} if getattr(args, "image", None) else {}
+                told = COMMANDS[args.command][0](args.runs, args.out, **chosen) or []
+            for line in told:
+                print(line)
+            print(f"wrote {args.out}")
+    except KeyboardInterrupt:
+        print("figures.py: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

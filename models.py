@@ -362,6 +362,8 @@ class Detector(nn.Module):
     divisor = 32                             # batches are padded to a multiple of so many pixels
     slow_parameters = ()                     # parts of names; their learning rate is a tenth
     class_branch = ()                        # modules that only the scores of classes go through
+    # of a detector that checkpoints.load has read: its classes, and how pictures become a batch
+    class_names, prepare = (), None
 
     def __init__(self, backbone, pixels="rgb"):
         super().__init__()
@@ -394,6 +396,19 @@ class Detector(nn.Module):
         for name, part in self.named_children() if self.frozen else ():
             part.train(mode and name in self.class_branch)
         return self
+
+    @torch.no_grad()
+    def detect(self, picture, k=100, nms=False):
+        """What a loaded detector finds in one picture: boxes (K, 4), scores (K,), labels (K,).
+
+        picture: a file's name, or PIL   k: at most so many   nms: with NMS as its authors have it
+
+        Boxes are xyxy in pixels of the picture, the best first; `class_names[label]` is a class.
+        """
+        images, mask, targets = self.prepare(picture)
+        prediction = self(images.to(self.mean.device), mask.to(self.mean.device))
+        found = self.detections(prediction.image(0), k)["nms" if nms else "plain"]
+        return tuple(part.cpu() for part in to_original(found, targets[0]))
 
     def detections(self, one, k=100, nms=0.5):
         """The k best (prediction, class) pairs of one image's Prediction, without and with NMS.

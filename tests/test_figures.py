@@ -9,6 +9,7 @@ from PIL import Image
 import annotations
 import checkpoints
 import data
+import detect
 import figures
 import train
 from test_train import flags
@@ -16,7 +17,7 @@ from test_train import flags
 
 def drawn(size, box, label, name):
     """One box on a black picture, its longer side 128 pixels: colours (height, width, 3)."""
-    picture = figures.draw_boxes(Image.new("RGB", size), [box], [label], [name], side=128)
+    picture = detect.draw_boxes(Image.new("RGB", size), [box], [label], [name], side=128)
     return np.asarray(picture).astype(int)
 
 
@@ -29,7 +30,7 @@ def test_drawn_boxes_lie_where_the_boxes_are():
     """A red-ish frame of the enlarged box on a black picture, and nothing of it inside."""
     canvas = drawn((64, 32), (10, 8, 50, 28), 0, "cell")
     assert canvas.shape == (64, 128, 3)
-    framed = (canvas == np.array(figures.COLOURS[0])).all(2)
+    framed = (canvas == np.array(detect.COLOURS[0])).all(2)
     assert framed[56, 20:100].all() and framed[30:56, 100].all() and framed[30:56, 20].all()
     assert not framed[40:50, 30:90].any()
 
@@ -37,7 +38,7 @@ def test_drawn_boxes_lie_where_the_boxes_are():
 def test_an_ignore_region_is_grey_and_called_so():
     canvas = drawn((128, 128), (20, 40, 100, 120), -1, "person")
     assert (canvas[100, 20] == 170).all()
-    assert not (canvas == np.array(figures.COLOURS[0])).all(2).any()
+    assert not (canvas == np.array(detect.COLOURS[0])).all(2).any()
 
 
 def test_training_pictures_show_what_the_transform_made(tiny_scenes, tmp_path):
