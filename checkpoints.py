@@ -11,7 +11,9 @@ A checkpoint of train.py is a dict of plain values and tensors:
     pictures                           a digest of the training pictures' ids
     test_transform                     how pictures were resized in evaluation
 """
+import contextlib
 import functools
+import io
 import os
 import re
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 import torchvision
 
 import data
+import runs
 from models import DENSE, ResNet, Tiny
 from queries import QUERY
 from variants import VARIANTS
@@ -67,11 +70,6 @@ def save_whole(content, file):
         stream.write(buffer.getbuffer())
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def weights_file(path):
-    """The checkpoint that a path names: the folder of a run stands for its last.pt."""
-    return Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
 
 
 def weights_file(given):
@@ -193,12 +191,9 @@ def load(file):
         model = build(**checkpoint["build"])
         model.load_state_dict(checkpoint["model"])
         transform = data.Transform(**checkpoint["test_transform"])
-    # of another version, or made by hand
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: its weights do not fit its own description: "
-                              f"{type(error).__name__}: {error}") from None
     model.class_names = checkpoint["class_names"]
-    model.prepare = functools.partial(data.as_evaluated, transform=transform)
+    model.prepare = functools.partial(data.as_evaluated, transform=transform,
+                                      divisor=model.divisor)
     return model.eval(), checkpoint
 
 

@@ -13,30 +13,6 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)      # of IoU
 RECALLS = np.linspace(0, 1, 101)
 
 
-def best_f1(run, k):
-    """Class k's largest F1 at IoU 0.5, in percent, and the score from which detections then count.
-
-    run: a pycocotools COCOeval after `evaluate`, whose matches these are.  (-1.0, None) without
-    objects.
-    """
-    images, areas = len(run.params.imgIds), len(run.params.areaRng)
-    start = k * areas * images               # the first area is all of them
-    cells = [cell for cell in run.evalImgs[start:start + images] if cell]
-    objects = sum(int((np.array(cell["gtIgnore"]) == 0).sum()) for cell in cells)
-    scores = np.array([score for cell in cells for score in cell["dtScores"]])
-    if not objects or not len(scores):
-        return (0.0 if objects else -1.0), None
-    hit = np.concatenate([cell["dtMatches"][0] > 0 for cell in cells])
-    counts = ~np.concatenate([cell["dtIgnore"][0] for cell in cells]).astype(bool)
-
-    order = np.argsort(-scores, kind="stable")
-    order = order[counts[order]]
-    scores, hits = scores[order], hit[order].cumsum()
-    f1 = 200 * hits / (np.arange(1, len(hits) + 1) + objects)
-    f1[:-1][scores[:-1] == scores[1:]] = 0   # no threshold parts equal scores
-    return (round(float(f1.max()), 4), float(scores[f1.argmax()])) if len(f1) else (0.0, None)
-
-
 class Group(NamedTuple):
     """The detections and objects of one class in one picture."""
     rows: np.ndarray            # (d,) their numbers in the list, best score first

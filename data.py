@@ -333,18 +333,18 @@ def collate(samples, divisor):
     return images, mask, [target for _, target in samples]
 
 
-def as_evaluated(picture, transform):
+def as_evaluated(picture, transform, divisor):
     """A picture of one's own as evaluation shows one to a detector: a batch of one.
 
     picture: a file's name, read upright, or a PIL picture, taken as its pixels lie
-    transform: Transform of evaluation   Raises DataError.
+    transform: Transform of evaluation   divisor: of `collate`   Raises DataError.
     """
     if not isinstance(picture, Image.Image):
         picture = annotations.load_picture(picture)
     view = transform(picture.convert("RGB"), torch.zeros(0, 4), np.random.default_rng(0))
     image = torch.from_numpy(np.array(view.picture)).permute(2, 0, 1)                # (3, H, W)
     return collate([(image, {"size": torch.tensor(image.shape[1:]),
-                             "original_size": torch.tensor(picture.size[::-1])})])
+                             "original_size": torch.tensor(picture.size[::-1])})], divisor)
 
 
 def batch_stream(annotations, batch_size, seed, skip_empty=False):

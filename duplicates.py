@@ -131,17 +131,11 @@ def diagnose(pictures, measure, progress=iter):
     return found
 
 
-def gain(with_nms, without):
-    """What NMS adds, by the printed figures: the difference of the two with one decimal each."""
-    return round(round(with_nms, 1) - round(without, 1), 1) + 0.0    # + 0.0: never -0.0
-
-
 def verdict(found, name="AP"):
     """One sentence, in the paper's words, and the thresholds behind it."""
     if not found["objects"] or not found["found"]:
         return f"cannot be told: {'nothing is found' if found['objects'] else 'no objects'}."
-    gains = {threshold: gain(figures[name], found[name])
-             for threshold, figures in found["nms"].items()}
+    gains = {threshold: figures[name] - found[name] for threshold, figures in found["nms"].items()}
     best = max(gains, key=gains.get)
     at_best, at_half = (gain(found[name], found["nms"][at][name]) for at in (best, "0.5"))
     gap = f"the median score gap is {found['score gap'][1]:.2f}"

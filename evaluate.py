@@ -63,9 +63,6 @@ def coco_object(images, categories, boxes):
 def coco_run(gt, detections, max_dets=100, image_ids=None):
     """pycocotools' COCOeval of a list of detections, with everything matched and accumulated.
 
-    Under "classes", by name: AP and AP50, the largest F1 at IoU 0.5 and the score from which
-    detections then count.
-
     gt: pycocotools COCO   detections: dicts with image_id, category_id, bbox (xywh), score
     """
     boxes = [{"id": n + 1, "image_id": d["image_id"], "category_id": d["category_id"],
@@ -100,15 +97,7 @@ def coco_figures(run):
             "APs": percent(precision[:, :, :, 1]),
             "APm": percent(precision[:, :, :, 2]),
             "APl": percent(precision[:, :, :, 3]),
-            "AR": percent(recall[:, :, 0]),
-            "classes": {str(gt.cats[i].get("name", i)): of_class(run, k)
-                        for k, i in enumerate(run.params.catIds)}}
-
-
-def of_class(run, k):
-    precision = run.eval["precision"][:, :, k, 0]
-    f1, score = coco.best_f1(run, k)
-    return {"AP": percent(precision), "AP50": percent(precision[0]), "F1": f1, "score": score}
+            "AR": percent(recall[:, :, 0])}
 
 
 def class_figures(run):
@@ -260,17 +249,6 @@ def describe(found):
     return "   ".join(text)
 
 
-def describe_classes(found):
-    """The figures of each class, without NMS, as lines."""
-    classes = found.get("coco", found)["classes"]
-    width = max([5, *map(len, classes)])
-    text = [f"{'class':{width}}     AP   AP50     F1  from score"]
-    for name, of in classes.items():
-        score = "" if of["score"] is None else f"{of['score']:10.2f}"
-        text.append(f"{name:{width}} {of['AP']:6.1f} {of['AP50']:6.1f} {of['F1']:6.1f}  {score}")
-    return "\n".join(text)
-
-
 def describe_crowd(found):
     return (f"AP50 {found['AP50']:.1f}   mMR {found['mMR']:.1f}   recall {found['recall']:.1f}   "
             f"JI {found['JI']:.1f}   (COCO-style AP {found['coco']['AP']:.1f})")
@@ -283,8 +261,8 @@ def describe_classes(found):
     text = [f"{'class':{width}}  objects      AP  AP(+NMS)    AP50  best F1  at score"]
     for name, row in plain.items():
         score = "-" if row["score"] is None else f"{row['score']:.3f}"
-        text.append(f"{name:{width}}  {row['objects']:7}  {row['AP']:6.1f}  {nms[name]['AP']:8.1f}  "
-                    f"{row['AP50']:6.1f}  {row['F1']:7.1f}  {score:>8}")
+        text.append(f"{name:{width}}  {row['objects']:7}  {row['AP']:6.1f}  "
+                    f"{nms[name]['AP']:8.1f}  {row['AP50']:6.1f}  {row['F1']:7.1f}  {score:>8}")
     return "\n".join([*text, "(F1 at IoU 0.5, without NMS)"])
 
 
@@ -425,10 +403,7 @@ def run_results(args):
     else:
         found = score_file(args.gt, args.dt, args.max_dets or 100)
     for name, value in found.items():
-        if name != "classes":
-            print(f"{name:5} {value:6.2f}")
-    if args.per_class and "classes" in found:
-        print(describe_classes(found))
+        print(f"{name:5} {value:6.2f}")
     if args.out:
         runs.write_json(args.out, found, indent=1)
 
@@ -535,7 +510,6 @@ def make_parser():
     c = commands.add_parser("results", argument_default=argparse.SUPPRESS,
                             help="score the result file of any detector")
     add_result_flags(c, required=True)
-    c.add_argument("--per-class", action="store_true", help="also the figures of each class")
     c.add_argument("--out", metavar="F", help="also write the figures to this file")
     c.add_argument("--max-dets", type=int, metavar="N",
                    help="detections per image and class that count (default 100, crowdhuman 500)")

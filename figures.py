@@ -15,6 +15,7 @@ import argparse
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,7 @@ matplotlib.use("Agg")                        # files only, no window
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from PIL import Image, ImageDraw
 
 import annotations
 import assign
@@ -545,57 +545,6 @@ def wandering(runs, file, image=None, count=3):
 
 
 # ------------------------------------------------------------------------------------------------
-# detections on pictures of one's own
-# ------------------------------------------------------------------------------------------------
-
-def picture_files(paths):
-    """[(file, its name below the path given)]: files as they are, of folders all pictures in them.
-
-    Raises DataError.
-    """
-    Image.init()
-    found = []
-    for path in map(Path, paths):
-        inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in Image.EXTENSION)
-        if path.is_dir() and not inside:
-            raise annotations.DataError(f"{path}: holds no pictures")
-        found += [(f, f.relative_to(path)) for f in inside] or [(path, path.name)]
-    return found
-
-
-def draw_detected(weights, paths, out, threshold=0.3, nms=False, max_dets=100, device=None):
-    """Pictures with the boxes that a detector finds: OUT/NAME.png, and OUT/detections.json.
-
-    The file has COCO's result format, with the pictures' names as ids.  Returns what could not be
-    read, a sentence each; the others are done.  Raises DataError, CheckpointError, RunError.
-    """
-    device = usable_device(device)
-    files = picture_files(paths)
-    model, checkpoint = checkpoints.load(weights)
-    model.to(device)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    results, faults = [], []
-    for file, name in tqdm(files, "detecting", disable=None, leave=False):
-        try:
-            picture = annotations.load_picture(file)
-        except annotations.DataError as error:
-            faults.append(str(error))
-            continue
-        boxes, scores, labels = model.detect(picture, max_dets, nms)
-        for (x1, y1, x2, y2), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
-            results.append({"image_id": str(name), "bbox": [x1, y1, x2 - x1, y2 - y1],
-                            "category_id": checkpoint["category_ids"][label], "score": score})
-        good = scores >= threshold
-        drawn = draw_boxes(picture, boxes[good].tolist(), labels[good].tolist(), model.class_names,
-                           scores[good].tolist(), side=max(384, *picture.size))
-        drawn.save(out / (str(name).replace("/", "_") + ".png"))
-    write_json(out / "detections.json", results)
-    print(f"wrote {len(files) - len(faults)} pictures and detections.json to {out}")
-    return faults
-
-
-# ------------------------------------------------------------------------------------------------
 # the command line
 # ------------------------------------------------------------------------------------------------
 
@@ -613,7 +562,8 @@ COMMANDS = {
 def add_detections(commands):
     words = "boxes drawn on pictures of one's own, and detections.json, in COCO's result format"
     c = commands.add_parser("detections", help=words, description=words)
-    c.add_argument("--weights", required=True, metavar="RUN", help="a run's folder, or a checkpoint")
+    c.add_argument("--weights", required=True, metavar="RUN",
+                   help="a run's folder, or a checkpoint")
     c.add_argument("--images", required=True, nargs="+", metavar="PATH",
                    help="pictures, and folders of pictures")
     c.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
@@ -626,7 +576,7 @@ def add_detections(commands):
 
 def run_detections(args):
     model, checkpoint = checkpoints.load(args.weights)
-    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(runs.usable_device(args.device))
     return detect_files(model, checkpoint, args.images, args.out, args.score, args.nms)
 
 
@@ -647,7 +597,7 @@ def main():
     add_detections(commands)
     args = parser.parse_args()
     try:
-        with runs.faults_told("figures.py", OSError, KeyError, ValueError):
+        with runs.faults_told("figures.py", KeyError, ValueError):
             if args.command == "detections":
                 told = run_detections(args)
             else:

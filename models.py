@@ -368,7 +368,6 @@ class Detector(nn.Module):
     def __init__(self, backbone, pixels="rgb"):
         super().__init__()
         self.backbone, self.pixels, self.frozen = backbone, pixels, False
-        self.prepare, self.class_names = None, ()        # checkpoints.load fills them, for `detect`
         mean, std = PIXELS[pixels]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -417,18 +416,6 @@ class Detector(nn.Module):
         """
         plain = top_k(one.boxes, one.logits.sigmoid(), k)
         return {"plain": plain, "nms": with_nms(*plain, nms, k)}
-
-    @torch.no_grad()
-    def detect(self, picture, k=100, nms=False):
-        """What checkpoints.load's detector finds in a PIL picture, the best first, on the CPU.
-
-        Boxes (K, 4) xyxy in the picture's own pixels, scores (K,), labels (K,); label n is
-        class_names[n].  The picture is resized as it was in evaluation.
-        """
-        images, mask, (target,) = self.prepare(picture)
-        prediction = self(images.to(self.mean.device), mask.to(self.mean.device))
-        found = self.detections(prediction.image(0), k)["nms" if nms else "plain"]
-        return to_original([part.cpu() for part in found], target)
 
 
 def tower(width, depth, norm, bias):

@@ -23,7 +23,6 @@ import annotations
 import claims
 import crowd
 import data
-import duplicates
 import recipes
 import runs
 from claims import BOXES, DATA, FLAGS, ROWS, Figure
@@ -111,10 +110,6 @@ def collect(planned, failed):
         columns = {name: [numbers[name] for numbers in there] for name in (there or [{}])[0]}
         table[row] = {name: Figure(sum(c) / len(c), (max(c) - min(c)) / 2, len(c))
                       for name, c in columns.items() if None not in c}
-        # of the means, so that a line of the table adds up; the statements judge what is printed
-        for name in [name for name in table[row] if f"{name} gain" in table[row]]:
-            gain = duplicates.gain(table[row][f"{name}+NMS"].mean, table[row][name].mean)
-            table[row][f"{name} gain"] = table[row][f"{name} gain"]._replace(mean=gain)
     return table, missing
 
 

@@ -45,20 +45,21 @@ def test_without_objects_there_is_nothing_to_measure():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_figures_of_a_class_are_pycocotools_own_on_that_class_alone(seed):
+def test_a_class_has_the_figures_of_pycocotools_on_that_class_alone(seed):
     """And the mean over the classes is the whole."""
     truth, found = random_case(seed)
     gt = evaluate.coco_object(truth["images"], truth["categories"], truth["annotations"])
-    of_all = evaluate.coco_metrics(gt, found)
+    run = evaluate.coco_run(gt, found)
+    of_all, classes = evaluate.coco_figures(run), evaluate.class_figures(run)
     for category in truth["categories"]:
         one = {key: [part for part in truth[key] if part["category_id"] == category["id"]]
                for key in ("annotations",)}
         alone = evaluate.coco_object(truth["images"], [category], one["annotations"])
         expected = evaluate.coco_metrics(
             alone, [d for d in found if d["category_id"] == category["id"]])
-        own = of_all["classes"][category["name"]]
+        own = classes[category["name"]]
         assert (own["AP"], own["AP50"]) == (expected["AP"], expected["AP50"])
-    means = [of["AP"] for of in of_all["classes"].values()]
+    means = [of["AP"] for of in classes.values()]
     assert of_all["AP"] == pytest.approx(sum(means) / len(means), abs=1e-3)
 
 
@@ -70,7 +71,7 @@ def f1_of(found, objects, crowd=()):
     gt = evaluate.coco_object(truth["images"], truth["categories"], truth["annotations"])
     boxes = [detection((60 * n, 0, 50, 50) if n >= 0 else (0, 300, 9, 9), score)
              for n, score in found]
-    own = evaluate.coco_metrics(gt, boxes)["classes"]["class 1"]
+    own = evaluate.class_figures(evaluate.coco_run(gt, boxes))["class 1"]
     return own["F1"], own["score"]
 
 

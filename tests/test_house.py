@@ -18,7 +18,7 @@ TARGETS = 3                 # names that one tuple gives values to
 # one concept a file; a file imports only from the floors below its own
 FLOORS = (
     "models scenes annotations runs theory duplicates positives ideas coco",
-    "assign queries variants data",
+    "assign queries variants data detect",
     "losses checkpoints crowd",
     "figures recipes convert pretrain",
     "evaluate claims",
