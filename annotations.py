@@ -1,7 +1,8 @@
-"""Annotations and pictures, read without trusting them: COCO's, CrowdHuman's; and their check.
+"""Annotation files, read without trusting them: COCO's, CrowdHuman's; and their check.
 
     python annotations.py check --json train.json --images train2017   all that is wrong with it
-    python annotations.py voc2coco VOC_FOLDER --out DIR                Pascal VOC XML to COCO JSON
+    python annotations.py voc2coco FOLDER --out DIR                    Pascal VOC XML to COCO JSON
+    python annotations.py yolo2coco FOLDER --out DIR                   YOLO text to COCO JSON
 
 A file is read once, into flat tensors that serve training (`boxes`, clipped) and evaluation
 (`xywh`, `area`, and CrowdHuman's full boxes).  Whatever is wrong with it is a Fault, one sentence
@@ -13,19 +14,18 @@ import contextlib
 import json
 import os
 import sys
-import xml.etree.ElementTree as ElementTree
 from array import array
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from tqdm import tqdm
 
-
-class DataError(ValueError):
-    """Something is wrong with a file the user gave: one sentence that names it and what to do."""
+import labels
+import runs
+from pictures import DataError, load_picture, picture_size, read_text
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Annotations:
     labels: torch.Tensor        # (M,) contiguous class 0...C-1: the rank of the category id
     crowd: torch.Tensor         # (M,) bool: never a training target, "ignore" in evaluation
     class_names: list           # C
-    category_ids: list          # C, the file's own ids (COCO: 1...90 with gaps)
+    category_ids: list          # C, the file's own ids (COCO: 1...90 with gaps), None: none there
 
     # what COCO's evaluation compares with
     xywh: torch.Tensor          # (M, 4) float64; COCO's as in the file, CrowdHuman's clipped
@@ -58,12 +58,34 @@ class Annotations:
     def path(self, i):
         return str(Path(self.image_dir) / self.file_names[i])
 
+    def only(self, pictures):
+        """The Annotations of some pictures alone.  pictures: (N,) bool"""
+        counts = self.first.diff()
+        boxes = pictures.repeat_interleave(counts)
+        part = replace(
+            self,
+            image_ids=[i for i, wanted in zip(self.image_ids, pictures) if wanted],
+            file_names=[name for name, wanted in zip(self.file_names, pictures) if wanted],
+            sizes=self.sizes[pictures],
+            first=starts(counts[pictures]),
+            boxes=self.boxes[boxes],
+            labels=self.labels[boxes],
+            crowd=self.crowd[boxes],
+            xywh=self.xywh[boxes],
+            area=self.area[boxes])
+        if self.full_boxes is None:
+            return part
+        counts = self.full_first.diff()
+        boxes = pictures.repeat_interleave(counts)
+        return replace(part, full_boxes=self.full_boxes[boxes], full_ignore=self.full_ignore[boxes],
+                       full_first=starts(counts[pictures]))
+
 
 @dataclass
 class Fault:
     kind: str                   # what the counts of the check are grouped by
     text: str                   # one sentence naming file, image and annotation
-    box: bool = False           # true: --drop-bad-boxes can live with it
+    box: bool = False           # true: --drop-bad-boxes can live with it (--drop-bad: with all)
     extent: bool = False        # true: four finite numbers, but nothing lies in the picture
 
 
@@ -80,11 +102,8 @@ class Faults(list):
 
 def read_json(file):
     try:
-        with open(file, encoding="utf-8") as stream:
-            return json.load(stream)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, RecursionError) as error:   # broken JSON, UTF-8, absurd nesting
+        return json.loads(read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:     # the latter: absurd nesting
         raise DataError(f"{file}: not valid JSON ({error}); download or export it again") from None
 
 
@@ -100,11 +119,29 @@ def is_box(value):
 
 
 def is_id(value):
+    """Text, or a whole number; some tools write 1.0 for 1."""
+    if isinstance(value, float):
+        return value.is_integer()
     return isinstance(value, (int, str)) and not isinstance(value, bool)
 
 
 def has_id(record):
     return isinstance(record, dict) and is_id(record.get("id"))
+
+
+def plain(i):
+    """An id as it is written out: 1 for 1.0."""
+    return int(i) if isinstance(i, float) else i
+
+
+# iscrowd and ignore, as tools write them
+SAID = {**dict.fromkeys(("0", "0.0", "false", "no", "none", ""), False),
+        **dict.fromkeys(("1", "1.0", "true", "yes"), True)}
+
+
+def is_said(value):
+    """Whether a mark like iscrowd is set; None if it is no such mark."""
+    return SAID.get(str(value).lower())
 
 
 def escapes(name):
@@ -113,6 +150,23 @@ def escapes(name):
     if not path.parts:
         return True
     return path.is_absolute() or ".." in path.parts or path.parts[0].endswith(":")
+
+
+def below(name, image_dir):
+    """A file name as a path below the folder of pictures, None if it leads out of the folder.
+
+    Backslashes, as Windows has them, and absolute paths into the folder are understood.
+    """
+    if not isinstance(name, str):
+        return None
+    if "\\" in name and not os.path.isfile(Path(image_dir) / name):
+        name = name.replace("\\", "/")
+    if escapes(name):
+        for folder in (os.path.abspath(image_dir), os.path.realpath(image_dir)):
+            start = Path(folder).as_posix() + "/"
+            if name.startswith(start):
+                name = name[len(start):]
+    return None if escapes(name) else name
 
 
 def cut(x, y, w, h, height, width):
@@ -159,7 +213,7 @@ def parse_coco(json_file, image_dir):
         image_ids=list(images),
         file_names=[name for name, _, _ in images.values()],
         sizes=torch.tensor([size for _, *size in images.values()], dtype=torch.long).reshape(-1, 2),
-        first=starts(table[:, 0], len(images)),
+        first=starts(count(table[:, 0], len(images))),
         boxes=table[:, 1:5].float(),
         labels=table[:, 5].long(),
         crowd=table[:, 6].bool(),
@@ -176,9 +230,12 @@ def coco_categories(categories, faults):
         if not has_id(category):
             faults.add("category without id", f"category {category!r} has no id")
         elif category["id"] in names:
-            faults.add("duplicate category id", f"category id {category['id']} is listed twice")
+            faults.add("duplicate category id", f"category id {category['id']!r} is listed twice")
         else:
-            names[category["id"]] = str(category.get("name", category["id"]))
+            i, name = plain(category["id"]), category.get("name")
+            # on one line, and with nothing that cannot be written as UTF-8
+            name = labels.one_line(str(i if name is None else name)) or str(i)
+            names[i] = name.encode(errors="backslashreplace").decode()
     try:
         return {i: names[i] for i in sorted(names)}
     except TypeError:
@@ -188,34 +245,53 @@ def coco_categories(categories, faults):
 
 def coco_images(images, image_dir, faults):
     """{image id: (file name, height, width)} of the usable pictures, in the file's order."""
-    if len({type(image["id"]) for image in images if has_id(image)}) > 1:
+    if len({type(plain(image["id"])) for image in images if has_id(image)}) > 1:
         raise DataError(f"{faults.file}: image ids mix numbers and text; use whole numbers")
     usable = {}
     for image in images:
         if not has_id(image):
             faults.add("image without id", f"image entry {str(image)[:80]} has no id")
             continue
-        i, name = image["id"], image.get("file_name")
-
+        i = plain(image["id"])
         if i in usable:
-            faults.add("duplicate image id", f"image id {i} is listed twice")
+            faults.add("duplicate image id", f"image id {i!r} is listed twice")
         elif image_dir is None:                     # no picture is opened, no box cut
-            usable[i] = (str(name), 10 ** 9, 10 ** 9)
-        elif not isinstance(name, str) or not name or escapes(name):
-            faults.add("bad file name",
-                       f"image {i}: file_name {name!r} is missing or leaves the image folder; "
-                       f"give a path below --images")
-        elif not all(is_number(image.get(side)) and 1 <= image[side] < 2 ** 31
-                     for side in ("height", "width")):
-            faults.add("bad image size",
-                       f"image {i} ({name}): height and width must be numbers of at least 1")
+            usable[i] = (str(image.get("file_name")), 10 ** 9, 10 ** 9)
         else:
-            # a missing picture is a fault, but its boxes are known: the check goes on with them
-            usable[i] = (name, int(image["height"]), int(image["width"]))
-            if not os.path.isfile(Path(image_dir) / name):
-                faults.add("missing picture",
-                           f"image {i}: the picture {Path(image_dir) / name} does not exist")
+            picture = coco_picture(image, image_dir, faults)
+            if picture:
+                usable[i] = picture
     return usable
+
+
+def coco_picture(image, image_dir, faults):
+    """(file name, height, width) of an entry of `images`; None if it is at fault."""
+    where, name = f"image {plain(image['id'])!r}", below(image.get("file_name"), image_dir)
+    if name is None:
+        faults.add("bad file name",
+                   f"{where}: file_name {image.get('file_name')!r} is missing or leaves the image "
+                   f"folder; give a path below --images")
+        return None
+    path = Path(image_dir) / name
+    size = image.get("height"), image.get("width")
+
+    # a missing picture is a fault, but its boxes are known: the check goes on with them
+    if not os.path.isfile(path):
+        faults.add("missing picture", f"{where}: the picture {path} does not exist")
+        if not all(size):
+            return None
+    elif not all(size):                             # absent or 0: the picture knows
+        try:
+            size = picture_size(path)
+        except DataError as error:
+            faults.add("unreadable picture", f"{where}: {error}")
+            return None
+    if not all(is_number(side) and 1 <= side < 2 ** 31 for side in size):
+        faults.add("bad image size",
+                   f"{where} ({name}): height and width must be numbers of at least 1, or be left "
+                   f"out")
+        return None
+    return name, int(size[0]), int(size[1])
 
 
 def coco_boxes(record, images, category_ids, faults):
@@ -235,10 +311,12 @@ def coco_boxes(record, images, category_ids, faults):
             faults.add("broken annotation", f"annotation number {n} is not an object")
             continue
         i, image_id, category = (annotation.get(k) for k in ("id", "image_id", "category_id"))
-        where = f"image {image_id}, annotation {i if i is not None else f'number {n}'}"
+        named = repr(plain(i))[:80] if i is not None else f"number {n}"
+        where = f"image {plain(image_id)!r:.80}, annotation {named}"
         if is_id(i):
             if i in seen:
                 faults.add("duplicate annotation id", f"{where}: the annotation id is used twice")
+                continue
             seen.add(i)
 
         # what does it point to?
@@ -249,7 +327,12 @@ def coco_boxes(record, images, category_ids, faults):
             continue                                # its image is already reported
         if not is_id(category) or category not in label_of:
             faults.add("unknown category",
-                       f"{where}: category id {category!r} is not in 'categories'")
+                       f"{where}: category id {category!r:.80} is not in 'categories'")
+            continue
+        crowd = is_said(annotation.get("iscrowd"))
+        if crowd is None:
+            faults.add("iscrowd is neither 0 nor 1",
+                       f"{where}: iscrowd {annotation['iscrowd']!r:.80} must be 0 or 1")
             continue
 
         # what of it lies in the picture?
@@ -258,8 +341,7 @@ def coco_boxes(record, images, category_ids, faults):
         if inside:
             x, y, w, h = annotation["bbox"]
             area = annotation.get("area")
-            rows.extend((index_of[image_id], *inside, label_of[category],
-                         bool(annotation.get("iscrowd", 0)), x, y, w, h,
+            rows.extend((index_of[image_id], *inside, label_of[category], crowd, x, y, w, h,
                          area if is_number(area) else w * h))
 
     return by_picture(rows, 12)
@@ -269,7 +351,7 @@ def coco_box(box, where, height, width, faults):
     """A bbox cut to its picture, x1, y1, x2, y2; None if it is at fault."""
     if not is_box(box):
         faults.add("box is not four finite numbers",
-                   f"{where}: bbox {box!r} must be four finite numbers x, y, width, height",
+                   f"{where}: bbox {box!r:.80} must be four finite numbers x, y, width, height",
                    box=True)
         return None
     if box[2] <= 0 or box[3] <= 0:
@@ -291,9 +373,13 @@ def by_picture(rows, columns):
     return table[table[:, 0].argsort(stable=True)]
 
 
-def starts(index, pictures):
-    """Where each picture's rows start, (pictures + 1,), from the sorted pictures of the rows."""
-    counts = torch.bincount(index.long(), minlength=pictures)
+def count(index, pictures):
+    """How many rows each picture has, (pictures,), from the rows' pictures."""
+    return torch.bincount(index.long(), minlength=pictures)
+
+
+def starts(counts):
+    """Where each picture's rows start, (N + 1,), from how many each has, (N,)."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
@@ -307,15 +393,8 @@ def odgt_lines(file, boxes):
     A good record has an ID that could name a picture, not used before, and the list `boxes`; its
     kind of fault and words are "".  Raises DataError.
     """
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from None
-    except ValueError as error:
-        raise DataError(f"{file}: not a text file ({error})") from None
-
     seen = set()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -383,7 +462,7 @@ def parse_odgt(odgt_file, image_dir, sizes=None):
         image_ids=ids,
         file_names=names,
         sizes=torch.tensor(given, dtype=torch.long).reshape(-1, 2),
-        first=starts(inside[:, 0], len(ids)),
+        first=starts(count(inside[:, 0], len(ids))),
         boxes=boxes,
         labels=torch.zeros(len(boxes), dtype=torch.long),
         crowd=inside[:, 5].bool(),
@@ -393,7 +472,7 @@ def parse_odgt(odgt_file, image_dir, sizes=None):
         area=xywh[:, 2] * xywh[:, 3],
         full_boxes=full[:, 1:5].clone(),
         full_ignore=full[:, 5].bool(),
-        full_first=starts(full[:, 0], len(ids))), faults
+        full_first=starts(count(full[:, 0], len(ids)))), faults
 
 
 def odgt_picture(record, where, image_dir, sizes, faults):
@@ -438,7 +517,12 @@ def odgt_boxes(record, where, height, width, faults):
                        f"{where}, box {n}: the tag {entry.get('tag')!r} is neither person nor mask")
             continue
         extra = entry.get("extra") if isinstance(entry.get("extra"), dict) else {}
-        ignore = entry["tag"] != "person" or bool(extra.get("ignore", 0))
+        ignore = is_said(extra.get("ignore"))
+        if ignore is None:
+            faults.add("ignore is neither 0 nor 1",
+                       f"{where}, box {n}: ignore {extra['ignore']!r:.80} must be 0 or 1")
+            continue
+        ignore = ignore or entry["tag"] != "person"
 
         # the published masks often stick out altogether: that is no fault
         inside = cut(*box, height, width)
@@ -454,13 +538,14 @@ def odgt_boxes(record, where, height, width, faults):
 # either of them
 # ------------------------------------------------------------------------------------------------
 
-def read_annotations(file, image_dir, drop_bad_boxes=False, cache=None):
+def read_annotations(file, image_dir, drop_bad_boxes=False, cache=None, drop_bad=False):
     """Annotations of a COCO-format JSON, or of a CrowdHuman .odgt.
 
     Raises DataError with the first fault there is.
     With drop_bad_boxes, boxes without extent, outside the picture or with NaN are left out and
-    counted on standard error instead.  Pictures are opened, and their sizes compared, when they
-    are first needed (`python annotations.py check` opens them all).
+    counted on standard error instead; with drop_bad whatever is at fault.  Pictures are opened, and
+    their sizes compared, when they are first needed; with drop_bad, and by
+    `python annotations.py check`, all at once.
     cache: a file that keeps the sizes an .odgt does not hold, so that pictures are opened for them
     only once.
     """
@@ -473,15 +558,74 @@ def read_annotations(file, image_dir, drop_bad_boxes=False, cache=None):
     else:
         annotations, faults = parse_coco(file, image_dir)
 
+    if drop_bad:
+        annotations = annotations.only(decodable(annotations, faults))
+        if not len(annotations):
+            raise DataError(f"{file}: --drop-bad leaves no picture of it; the first fault: "
+                            f"{faults[0].text}")
+        tell_dropped(faults)
+        return annotations
     dropped = [f for f in faults if f.box and drop_bad_boxes]
     for f in faults:
         if not (f.box and drop_bad_boxes):
             raise DataError(f"{f.text}; `python annotations.py check --json {file} "
-                            f"--images {image_dir}` lists all of its {len(faults)} fault(s)")
+                            f"--images {image_dir}` lists all of its {len(faults)} fault(s), "
+                            f"--drop-bad leaves out what is at fault")
     if dropped:
         print(f"{file}: dropped {len(dropped)} bad box(es), the first: {dropped[0].text}",
               file=sys.stderr)
     return annotations
+
+
+def decodable(annotations, faults):
+    """Decodes all pictures.  Returns which are good, (N,) bool; the others become Faults."""
+    good = torch.ones(len(annotations), dtype=torch.bool)
+    for i in tqdm(range(len(annotations)), "opening pictures", leave=False, disable=None):
+        path, size = annotations.path(i), annotations.sizes[i].tolist()
+        good[i] = os.path.isfile(path)              # else its Fault is there already
+        try:
+            if good[i]:
+                load_picture(path, *size, image_id=annotations.image_ids[i])
+        except DataError as error:
+            good[i] = False
+            differs = "but the JSON says" in str(error)
+            faults.append(Fault("picture size differs" if differs else "unreadable picture",
+                                str(error)))
+    return good
+
+
+def tell_dropped(faults):
+    """Says on standard error what --drop-bad has left out."""
+    if faults:
+        kinds = Counter(fault.kind for fault in faults).most_common()
+        told = ", ".join(f"{number} x {kind}" for kind, number in kinds)
+        print(f"{faults.file}: left out {len(faults)} record(s) at fault: {told}", file=sys.stderr)
+        for fault in faults[:20]:
+            print(f"  {fault.text}", file=sys.stderr)
+        if len(faults) > 20:
+            print(f"  ... and {len(faults) - 20} more, which `python annotations.py check` lists",
+                  file=sys.stderr)
+
+
+def with_classes(annotations, class_names):
+    """The same with labels by the place of their name in `class_names`, those of the training file.
+
+    A class that the file lacks has the category id None.  Raises DataError for one that is not in
+    `class_names`.
+    """
+    if annotations.class_names == class_names:
+        return annotations
+    unknown = [name for name in annotations.class_names if name not in class_names]
+    if unknown:
+        raise DataError(f"{annotations.json_file}: its classes {', '.join(map(repr, unknown))} are "
+                        f"not among those trained, {class_names}; evaluate on data with the same "
+                        f"classes")
+    places = [class_names.index(name) for name in annotations.class_names]
+    category_ids = [None] * len(class_names)
+    for place, category in zip(places, annotations.category_ids):
+        category_ids[place] = category
+    return replace(annotations, labels=torch.tensor(places, dtype=torch.long)[annotations.labels],
+                   class_names=list(class_names), category_ids=category_ids)
 
 
 def read_sizes(cache, image_dir):
@@ -503,67 +647,15 @@ def write_sizes(cache, image_dir, sizes):
 
 
 # ------------------------------------------------------------------------------------------------
-# pictures
-# ------------------------------------------------------------------------------------------------
-
-def picture_size(path):
-    """Height and width of a picture file, upright, from its header alone.  Raises DataError."""
-    try:
-        with Image.open(path) as picture:
-            # EXIF orientations from 5 on exchange the sides
-            turned = picture.getexif().get(0x0112, 1) >= 5
-            return picture.size if turned else picture.size[::-1]
-    except Exception as error:                      # Pillow raises many kinds
-        raise DataError(f"{path}: the picture cannot be read ({error}); fetch it again") from None
-
-
-def load_picture(path, height=None, width=None, image_id=None):
-    """A picture file as upright RGB (PIL): grey, palette, CMYK, alpha, 16 bit, EXIF, all of it.
-
-    Raises DataError if it cannot be decoded to its end or is not of the given size.  Decoding is
-    Pillow's; torchvision's own image reading is deprecated.
-    """
-    which = path if image_id is None else f"{path} (image {image_id})"
-    try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)      # decodes the whole file
-            # one channel of 16 or 32 bits: scaled to 8, unless its values fit into them anyway
-            if picture.mode.startswith("I") or picture.mode == "F":
-                grey = np.asarray(picture, np.float64)
-                if picture.mode.startswith("I;16") or grey.max() > 255:
-                    grey = grey / 257
-                picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-            picture = picture.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{which}: the picture does not exist; check the image folder") from None
-    except Exception as error:                      # Pillow raises many kinds
-        raise DataError(f"{which}: the picture cannot be decoded ({error}); "
-                        f"fetch it again or take it out of the JSON") from None
-    if height is not None and picture.size != (width, height):
-        raise DataError(f"{which}: the picture is {picture.width} x {picture.height} "
-                        f"(width x height, after its EXIF rotation) but the JSON says "
-                        f"{width} x {height}; correct one of them")
-    return picture
-
-
-# ------------------------------------------------------------------------------------------------
-# the check, and Pascal VOC
+# the check
 # ------------------------------------------------------------------------------------------------
 
 def check(json_file, image_dir, out=None):
     """Print every fault of a data set, then counts by kind.  Returns the number of faults."""
     parse = parse_odgt if str(json_file).endswith(".odgt") else parse_coco
     annotations, faults = parse(json_file, image_dir)
-    for i in range(len(annotations)):
-        path = Path(annotations.path(i))
-        if not path.is_file():
-            continue                                # parse_coco has said so
-        try:
-            load_picture(path, *annotations.sizes[i].tolist(), image_id=annotations.image_ids[i])
-        except DataError as error:
-            differs = "but the JSON says" in str(error)
-            kind = "picture size differs" if differs else "unreadable picture"
-            faults.append(Fault(kind, str(error)))
+    decodable(annotations, faults)
+    suspect(annotations, faults)
     for fault in faults:
         print(fault.text, file=out)
 
@@ -574,76 +666,33 @@ def check(json_file, image_dir, out=None):
           f"({int((annotations.first.diff() == 0).sum())} without boxes), "
           f"{len(annotations.boxes)} usable boxes, "
           f"{int(annotations.crowd.sum())} of them crowd regions", file=out)
-    for name, count in zip(annotations.class_names, per_class):
-        print(f"  {name}: {count}", file=out)
+    for name, number in zip(annotations.class_names, per_class):
+        print(f"  {name}: {number}", file=out)
     print(f"{len(faults)} fault(s)", file=out)
-    for kind, count in Counter(fault.kind for fault in faults).most_common():
-        print(f"  {kind}: {count}", file=out)
+    for kind, number in Counter(fault.kind for fault in faults).most_common():
+        print(f"  {kind}: {number}", file=out)
     return len(faults)
 
 
-def voc2coco(folder, out):
-    """Pascal VOC (Annotations/*.xml, ImageSets/Main/SPLIT.txt) to out/SPLIT.json, one per split.
-
-    Coordinates are taken as edges, as labelling tools write them: width = xmax - xmin.  `difficult`
-    objects become crowd regions: never a target, ignored in evaluation.  Faulty boxes are carried
-    over as they are, for the check to find.  Returns the files written.
-    """
-    folder, out = Path(folder), Path(out)
-    splits = sorted((folder / "ImageSets" / "Main").glob("*.txt"))
-    if not splits:
-        raise DataError(f"{folder}: not a Pascal VOC folder: ImageSets/Main/*.txt is missing")
-
-    # a line is a name; in the lists of one class that VOC ships beside them (dog_train.txt) also
-    # 1, 0 or -1: those are left out
-    names, pictures = {}, {}
-    for split in splits:
-        lines = [line.split() for line in split.read_text().splitlines() if line.strip()]
-        if all(len(words) == 1 for words in lines):
-            names[split] = [words[0] for words in lines]
-    for split in names:
-        for name in names[split]:
-            if name not in pictures:
-                pictures[name] = voc_picture(folder / "Annotations" / f"{name}.xml", name, split)
-
-    # class ids are ranks of names, over all splits, so that the files of one folder agree
-    classes = sorted({kind for _, objects in pictures.values() for kind, *_ in objects})
-    written = []
-    out.mkdir(parents=True, exist_ok=True)
-    for split in names:
-        images, annotations = [], []
-        for name in names[split]:
-            image, objects = pictures[name]
-            images.append({"id": len(images) + 1, **image})
-            for kind, x1, y1, x2, y2, difficult in objects:
-                w, h = x2 - x1, y2 - y1
-                annotations.append({"id": len(annotations) + 1, "image_id": len(images),
-                                    "category_id": classes.index(kind) + 1, "iscrowd": difficult,
-                                    "bbox": [x1, y1, w, h], "area": w * h})
-        categories = [{"id": n + 1, "name": name} for n, name in enumerate(classes)]
-        file = out / f"{split.stem}.json"
-        file.write_text(json.dumps({"images": images, "annotations": annotations,
-                                    "categories": categories}))
-        written.append(str(file))
-    return written
-
-
-def voc_picture(xml, name, split):
-    """A VOC file: {file_name, height, width}, and objects (class, x1, y1, x2, y2, difficult)."""
-    try:
-        root = ElementTree.parse(xml).getroot()
-        image = {"file_name": root.findtext("filename"),
-                 **{k: int(root.find("size").findtext(k)) for k in ("height", "width")}}
-        objects = []
-        for o in root.iter("object"):
-            box = [float(o.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax")]
-            objects.append((o.findtext("name"), *box, int(o.findtext("difficult", "0"))))
-    except (OSError, ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
-        raise DataError(f"{xml}: not a readable VOC annotation ({error}); image {name} "
-                        f"of {split.name}") from None
-    if any(kind is None for kind, *_ in objects):
-        raise DataError(f"{xml}: an object has no name; image {name} of {split.name}")
-    return image, objects
+def suspect(annotations, faults):
+    """Adds what no box alone gives away: boxes in another form, a class that is listed twice."""
+    x, y, w, h = annotations.xywh.T
+    height, width = annotations.sizes.repeat_interleave(annotations.first.diff(), 0).T
+    # a pixel beyond is rounding
+    beyond = ((x + w > width + 1) | (y + h > height + 1)).double().mean()
+    fit_as_corners = ((w > x) & (h > y) & (w <= width) & (h <= height)).double().mean()
+    if beyond > 0.5 or beyond > 0.1 and fit_as_corners > 0.9:
+        faults.add("boxes look like corners",
+                   f"{100 * beyond:.0f}% of the boxes reach beyond their picture, as if they were "
+                   f"x1, y1, x2, y2; bbox must be x, y, width, height")
+    if len(w) and max(w.max(), h.max()) <= 1:
+        faults.add("boxes below one pixel",
+                   f"all {len(w)} boxes are below one pixel, as if in shares of the picture, 0 to "
+                   f"1; bbox must be in pixels")
+    for name, number in Counter(annotations.class_names).items():
+        if number > 1:
+            faults.add("duplicate category name",
+                       f"the category name {name!r} is listed {number} times, as {number} classes")
 
 
 def main():
@@ -655,19 +704,30 @@ def main():
                    help="annotations in COCO format, or CrowdHuman's .odgt")
     c.add_argument("--images", required=True, metavar="DIR",
                    help="folder that file_name is relative to, or that holds ID.jpg")
-    c = commands.add_parser("voc2coco", help="convert Pascal VOC XML annotations to COCO JSON")
-    c.add_argument("folder", metavar="VOC_FOLDER",
-                   help="holds Annotations/, JPEGImages/, ImageSets/Main/")
-    c.add_argument("--out", required=True, metavar="DIR",
-                   help="one SPLIT.json per ImageSets/Main/SPLIT.txt")
+
+    for name, make, holds in (
+            ("voc2coco", "Pascal VOC XML", "the XML files, in Annotations/ or elsewhere, pictures, "
+             "and perhaps ImageSets/Main/SPLIT.txt"),
+            ("yolo2coco", "YOLO text", "NAME.txt beside NAME.jpg, or in labels/ and images/; and "
+             "data.yaml, or a file of names like classes.txt")):
+        c = commands.add_parser(name, help=f"convert {make} annotations to COCO JSON")
+        c.add_argument("folder", metavar="FOLDER", help=holds)
+        c.add_argument("--out", required=True, metavar="DIR",
+                       help="one SPLIT.json per split; without splits all.json")
+        c.add_argument("--val-share", type=float, metavar="X",
+                       help="where there are no splits: this share of the pictures, drawn at "
+                            "random, to val.json, the others to train.json")
+        c.add_argument("--seed", type=int, default=0, metavar="N",
+                       help="of that draw (default 0)")
+
     args = parser.parse_args()
-    try:
+    with runs.faults_told("annotations.py", DataError):
         if args.command == "check":
             sys.exit(1 if check(args.json, args.images) else 0)
-        print("\n".join(f"wrote {file}" for file in voc2coco(args.folder, args.out)))
-    except (DataError, OSError) as error:
-        print(f"annotations.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        convert = labels.voc2coco if args.command == "voc2coco" else labels.yolo2coco
+        written = convert(args.folder, args.out, args.val_share, args.seed)
+        for file, pictures in written.items():
+            print(f"wrote {file}, of the pictures in {pictures}")
 
 
 if __name__ == "__main__":

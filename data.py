@@ -1,6 +1,6 @@
 """From disk to batch: where a data set lies, its pictures transformed, its batches in their order.
 
-    locate -> read_annotations -> Annotations -> Pictures[epoch, index] -> Transform -> collate
+    read -> Annotations -> Pictures[epoch, index] -> Transform -> collate
 
 Order and augmentation are functions of (seed, epoch, index) alone, so the number of worker
 processes, of GPUs or of interruptions changes nothing.  Pixels stay uint8 until they are on the
@@ -23,7 +23,9 @@ from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 
 import annotations
+import labels
 import scenes
+from pictures import load_picture
 
 
 # ------------------------------------------------------------------------------------------------
@@ -46,12 +48,21 @@ def add_data_flags(group, train=True):
                            help=f"custom: annotations of the {split} split, COCO format")
         group.add_argument(f"--{split}-images", metavar="DIR",
                            help="custom: folder of its pictures")
+    if train:
+        group.add_argument("--val-share", type=float, metavar="X",
+                           help="custom, without a val split: this share of the training pictures "
+                                "is for evaluation alone, the same in every run")
     group.add_argument("--drop-bad-boxes", action="store_const", const=True,
                        help="leave out boxes without extent or outside their picture, "
                             "and say how many, instead of stopping")
+    group.add_argument("--drop-bad", action="store_const", const=True,
+                       help="leave out all that is at fault, also pictures that cannot be read "
+                            "(all are opened first), and say what")
 
 
 OWN_FILES = ("train_json", "train_images", "val_json", "val_images")
+# all of add_data_flags
+FLAGS = ("data", "data_dir", *OWN_FILES, "val_share", "drop_bad_boxes", "drop_bad")
 
 
 def data_set(given, default):
@@ -69,11 +80,21 @@ def data_set(given, default):
     if chosen == "custom" and given.get("data_dir") is not None:
         raise annotations.DataError("--data-dir does not concern --data custom, whose files are "
                                     "named one by one")
+    share = given.get("val_share")
+    if share is not None:
+        if chosen != "custom":
+            raise annotations.DataError(f"--val-share goes with --data custom, not with {chosen}, "
+                                        f"which has a val split")
+        if given.get("val_json") or given.get("val_images"):
+            raise annotations.DataError("--val-share cuts the val split off the training pictures: "
+                                        "give it, or --val-json and --val-images")
+        if not 0 < share < 1:
+            raise annotations.DataError(f"--val-share {share}: must be above 0 and below 1")
     return chosen
 
 
 def locate(flags, split):
-    """(annotation file, image folder) of a split, "train" or "val".
+    """(annotation file, image folder) of a split, "train" or "val"; with --val-share one for both.
 
     flags: dict with data, data_dir, train_json, ...  Draws the embedded sets if they are not there
     yet.  Raises DataError with what is missing.
@@ -107,10 +128,48 @@ def locate(flags, split):
                     f"from crowdhuman.org, and unpack all pictures into {image_dir}")
         return str(odgt_file), str(image_dir)
 
+    if is_cut(flags):
+        split = "train"
     json_file, image_dir = flags.get(f"{split}_json"), flags.get(f"{split}_images")
     if not json_file or not image_dir:
-        raise annotations.DataError(f"--data custom needs --{split}-json and --{split}-images")
+        instead = ", or --val-share" if split == "val" else ""
+        raise annotations.DataError(f"--data custom needs --{split}-json and --{split}-images"
+                                    f"{instead}")
     return json_file, image_dir
+
+
+def is_cut(flags):
+    """Whether the val split is cut off the training pictures."""
+    return bool(flags.get("val_share")) and not (flags.get("val_json") or flags.get("val_images"))
+
+
+def read(flags, split, class_names=None, cache=None):
+    """The Annotations of a split, "train" or "val".  Raises DataError.
+
+    flags: as for `locate`   class_names: of the training file, whose places the labels are then
+    cache: see annotations.read_annotations
+    """
+    found = annotations.read_annotations(*locate(flags, split), flags.get("drop_bad_boxes"), cache,
+                                         flags.get("drop_bad"))
+    if is_cut(flags):
+        found = cut(found, flags["val_share"])[split]
+    return found if class_names is None else annotations.with_classes(found, class_names)
+
+
+def read_both(flags, cache=None):
+    """The Annotations to train on and those to evaluate, whose classes are the former's."""
+    if is_cut(flags):                            # one file is read once
+        whole = read({**flags, "val_share": None}, "train", cache=cache)
+        return tuple(cut(whole, flags["val_share"]).values())
+    train = read(flags, "train", cache=cache)
+    return train, read(flags, "val", train.class_names, cache)
+
+
+def cut(whole, share):
+    """{"train": ..., "val": ...}: Annotations in two parts, a function of the pictures' ids."""
+    held = labels.held_out(whole.image_ids, share)
+    is_held = torch.tensor([i in held for i in whole.image_ids])
+    return {"train": whole.only(~is_held), "val": whole.only(is_held)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -297,7 +356,7 @@ class Pictures(Dataset):
         a = self.annotations
         if self.cache is not None and i in self.cache:
             return self.cache[i]
-        picture = annotations.load_picture(a.path(i), *a.sizes[i].tolist(), image_id=a.image_ids[i])
+        picture = load_picture(a.path(i), *a.sizes[i].tolist(), image_id=a.image_ids[i])
         if self.cache is not None:
             self.cache[i] = picture
         return picture

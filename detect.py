@@ -9,15 +9,12 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import annotations
 import runs
-from annotations import DataError
+from pictures import SUFFIXES, DataError, load_picture
 
 COLOURS = ((230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
            (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (0, 128, 128))
 IGNORED = (170, 170, 170)
-# what counts as a picture in a folder; Pillow reads and writes all of them
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 # matplotlib brings it along, and it knows Latin, Greek and Cyrillic letters
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
@@ -112,7 +109,7 @@ def detect_files(model, checkpoint, given, out, score, nms):
     try:
         for file in tqdm(files, "detecting", unit="picture", disable=None):
             try:
-                picture = annotations.load_picture(file)
+                picture = load_picture(file)
             except DataError as error:
                 faults.append(file)
                 tqdm.write(f"figures.py: {error}", file=sys.stderr)

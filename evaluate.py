@@ -142,7 +142,8 @@ def ground_truth(a):
     boxes = [{"id": n, "image_id": a.image_ids[i], "category_id": a.category_ids[label],
               "iscrowd": int(ignore), "bbox": xywh, "area": area}
              for n, (i, label, ignore, xywh, area) in enumerate(columns, 1)]
-    classes = [{"id": i, "name": name} for i, name in zip(a.category_ids, a.class_names)]
+    classes = [{"id": i, "name": name} for i, name in zip(a.category_ids, a.class_names)
+               if i is not None]                 # what the file lacks
     gt = coco_object([{"id": i} for i in a.image_ids], classes, boxes)
     return gt, None if a.full_boxes is None else crowd.crowd_truth(a)
 
@@ -191,7 +192,8 @@ def detect(model, pictures, batch_size=1, max_dets=100, device="cpu", precision=
                 results.setdefault(variant, []).extend(
                     {"image_id": target["image_id"], "category_id": a.category_ids[label],
                      "bbox": box, "score": score}
-                    for box, score, label in zip(xywh.tolist(), scores.tolist(), labels.tolist()))
+                    for box, score, label in zip(xywh.tolist(), scores.tolist(), labels.tolist())
+                    if a.category_ids[label] is not None)        # a class that the file lacks
 
     model.train(was_training)
     if world > 1:
@@ -414,11 +416,11 @@ def run_annotations(args):
     if not flags["data"]:                    # nothing is drawn that nobody asked for
         raise annotations.DataError("annotations wants --data crowd, --data crowdhuman, or "
                                     "--val-json and --val-images")
-    file, folder = data.locate(flags, "val")
+    file, _ = data.locate(flags, "val")
     if not file.endswith(".odgt"):
         raise annotations.DataError(f"{file}: annotations are compared on CrowdHuman's files: "
                                     f"--data crowd, crowdhuman, or custom with an .odgt")
-    truth = annotations.read_annotations(file, folder, bool(args.drop_bad_boxes))
+    truth = data.read(flags, "val")
     pictures = crowd.crowd_truth(truth)
     print(f"{file}: {len(pictures)} pictures")
     for threshold, value in crowd.annotation_recall(pictures).items():
@@ -463,16 +465,10 @@ def checkpoint_results(args):
     # the data it was validated on, unless other data are named
     given = data_flags(args)
     chosen = data.data_set(given, trained.get("data"))
-    known = {key: trained.get(key) for key in given} if chosen == trained.get("data") else {}
+    known = {key: trained.get(key) for key in data.FLAGS if chosen == trained.get("data")}
     flags = {**known, **{key: value for key, value in given.items() if value is not None},
              "data": chosen}
-    file, folder = data.locate(flags, "val")
-    truth = annotations.read_annotations(file, folder, bool(flags.get("drop_bad_boxes")))
-    if truth.class_names != checkpoint["class_names"]:
-        raise annotations.DataError(
-            f"{file}: its classes are {truth.class_names}, the checkpoint {args.weights} knows "
-            f"{checkpoint['class_names']}; evaluate on data with the same classes")
-
+    truth = data.read(flags, "val", checkpoint["class_names"])
     pictures = data.Pictures(truth, data.Transform(**checkpoint["test_transform"]))
     max_dets = args.max_dets or trained.get("max_dets", 100)
     precision = args.precision or trained.get("precision", "fp32")
@@ -498,8 +494,7 @@ def run_checkpoint(args):
 
 def data_flags(args):
     """The flags of data.add_data_flags, as given."""
-    return {key: getattr(args, key)
-            for key in ("data", "data_dir", "val_json", "val_images", "drop_bad_boxes")}
+    return {key: getattr(args, key) for key in data.FLAGS if hasattr(args, key)}
 
 
 def make_parser():

@@ -266,7 +266,7 @@ def trained(run, split="val", file="last.pt"):
     """What a checkpoint of a run holds, and the pictures it is shown.  Raises CheckpointError."""
     model, checkpoint = checkpoints.load(Path(run) / file)
     flags = checkpoint["args"]
-    known = annotations.read_annotations(*data.locate(flags, split), flags.get("drop_bad_boxes"))
+    known = data.read(flags, split, checkpoint["class_names"])
     pictures = data.Pictures(known, data.Transform(**checkpoint["test_transform"]))
     return Trained(row_name(run), checkpoint["step"], model.eval(), losses.row(flags), flags,
                    pictures)
@@ -509,8 +509,7 @@ def hero(runs, file, image=None, count=4, threshold=0.2):
     sheets = []
     for run in runs:
         flags = json.loads((Path(run) / "args.json").read_text())
-        known = annotations.read_annotations(*data.locate(flags, "val"),
-                                             flags.get("drop_bad_boxes"))
+        known = data.read(flags, "val")
         pictures = data.Pictures(known, data.Transform())
         several = with_objects(pictures, 3, 5) or with_objects(pictures, 1)
         some = [index_of(pictures, image)] if image is not None else several[:count]

@@ -299,7 +299,7 @@ def effect(out, words):
     if run.returncode:
         raise AssignError(f"the run in {out} failed; its last line says why")
     flags = json.loads((Path(out) / "args.json").read_text())
-    truth = annotations.read_annotations(*data.locate(flags, "val"))
+    truth = data.read(flags, "val")
     detections = evaluate.read_results(Path(out) / "detections.json")
     found = evaluate.diagnose(truth, detections, flags["max_dets"])
     metrics = json.loads((Path(out) / "metrics.json").read_text())

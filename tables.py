@@ -117,7 +117,7 @@ def boxes_recall(args, flags):
     """What NMS leaves of the annotation boxes, in percent; --collect reads what stands there."""
     file = Path(args.out) / f"{args.data}-annotation-boxes.txt"
     if not args.collect:
-        boxes = annotations.read_annotations(*data.locate(flags, "val"), flags["drop_bad_boxes"])
+        boxes = data.read(flags, "val")
         file.write_text(f"{crowd.annotation_recall(crowd.crowd_truth(boxes))[0.5]}\n")
     return {"recall": Figure(float(file.read_text()))} if file.exists() else {}
 

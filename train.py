@@ -57,17 +57,12 @@ from runs import Interrupted, TrainingStopped
 def open_data(flags, process):
     """The pictures to train on and those to evaluate.  Raises DataError."""
     with runs.main_first(process):           # it draws the pictures, and reads their sizes
-        files = {split: data.locate(flags, split) for split in ("train", "val")}
         cache = None
         if flags["data"] == "crowdhuman":
             cache = Path(flags["out"]).parent / "sizes-crowdhuman.json"
-        train_set, val_set = (annotations.read_annotations(*files[split], flags["drop_bad_boxes"],
-                                                           cache) for split in files)
+        train_set, val_set = data.read_both(flags, cache)
     if not (~train_set.crowd).any():
-        raise annotations.DataError(f"{files['train'][0]}: holds no boxes to learn from")
-    if train_set.class_names != val_set.class_names:
-        raise annotations.DataError(f"{files['val'][0]}: its classes {val_set.class_names} are not "
-                                    f"those of {files['train'][0]}: {train_set.class_names}")
+        raise annotations.DataError(f"{train_set.json_file}: holds no boxes to learn from")
 
     augment = data.Transform(flags["train_sizes"], flags["train_longest"], flags["flip"],
                              flags["crop"], flags["round_down"], square=flags["square"],

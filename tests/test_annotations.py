@@ -2,6 +2,8 @@
 import copy
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +18,10 @@ from torchvision.ops import clip_boxes_to_image
 
 import annotations
 import data
+import figures
 
 ROOT = Path(annotations.__file__).parent
-RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-WHITE = (255, 255, 255)
+RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
 def draw_pictures(folder):
@@ -173,6 +175,11 @@ FAULTS = {
     "annotations is an object": ({**valid(), "annotations": {}}, ["annotations"]),
     "an empty data set": ({**valid(), "images": [], "annotations": []}, ["empty"]),
 
+    "no size of a missing picture": (picture(file_name="c.png", height=None),
+                                     ["image 7", "c.png", "does not exist"]),
+    "iscrowd of another kind": (annotation(iscrowd="maybe"), [*IN_2, "iscrowd 'maybe'", "0 or 1"]),
+    "a text for a number": (annotation(image_id="7"), ["image '7'", "annotation 2"]),
+
     "a category id that is not listed": (annotation(category_id=4), [*IN_2, "4"]),
     "a category id that is no id": (annotation(category_id=[3]), [*IN_2, "[3]"]),
     "category ids of two types": (with_more("categories", {"id": "x", "name": "x"}),
@@ -209,8 +216,8 @@ FAULTS = {
     "an absolute Windows name": (picture(file_name="C:\\a.png"), ["image 7", "leaves"]),
     "no file name": (picture(file_name=None), ["image 7", "file_name"]),
     "a file name too long for a file": (picture(file_name="a" * 5000), ["image 7"]),
-    "no height": (picture(height=None), ["image 7", "height"]),
-    "a height of zero": (picture(height=0), ["image 7", "height"]),
+    "a negative height": (picture(height=-30), ["image 7", "height"]),
+    "a height of text": (picture(height="30"), ["image 7", "height"]),
     "a height beyond integers": (picture(height=1e30), ["image 7", "height"]),
     "a height beyond floats": (picture(height=10 ** 400), ["image 7", "height"]),
     "a missing picture": (picture(file_name="c.png"), ["image 7", "c.png", "does not exist"]),
@@ -408,192 +415,161 @@ def test_an_ignored_box_outside_the_picture_is_no_fault(crowd_folder):
 
 
 # ------------------------------------------------------------------------------------------------
-# pictures of every make
+# COCO files as people have them
 # ------------------------------------------------------------------------------------------------
 
-def two_halves(mode, left, right):
-    """A picture 40 wide and 20 high of two colours."""
-    picture = Image.new(mode, (40, 20), left)
-    picture.paste(right, (20, 0, 40, 20))
-    return picture
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_with_a_mark_of_its_encoding_is_read(folder, encoding):
+    content = changed("categories", 1, name="Käfer")
+    json_file, images = save(folder, content)
+    json_file.write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    assert annotations.read_annotations(json_file, images).class_names == ["Käfer", "toothbrush"]
 
 
-def assert_halves(path, left, right, tolerance=0):
-    picture = annotations.load_picture(path, 20, 40)
-    assert picture.mode == "RGB" and picture.size == (40, 20)
-    for x, colour in ((5, left), (35, right)):
-        assert np.abs(np.subtract(picture.getpixel((x, 10)), colour)).max() <= tolerance
+def test_another_encoding_is_named_with_its_byte(folder):
+    json_file, images = save(folder, valid())
+    json_file.write_bytes(json.dumps(valid()).replace("car", "K\xe4fer").encode("latin-1"))
+    with pytest.raises(annotations.DataError, match="set.json: not in UTF-8: byte 0xe4"):
+        annotations.read_annotations(json_file, images)
 
 
-@pytest.mark.parametrize("mode, left, right, name, rgb", [
-    ("RGB", RED, BLUE, "p.bmp", (RED, BLUE)),
-    ("L", 50, 200, "p.png", ((50,) * 3, (200,) * 3)),
-    ("L", 50, 200, "p.jpg", ((50,) * 3, (200,) * 3)),
-    ("1", 0, 1, "p.png", ((0,) * 3, WHITE)),
-    ("LA", (50, 0), (200, 255), "p.png", ((50,) * 3, (200,) * 3)),
-    ("RGBA", (*RED, 0), (*BLUE, 128), "p.png", (RED, BLUE)),
-    ("I", 50 * 257, 200 * 257, "p.tif", ((50,) * 3, (200,) * 3)),
-    ("CMYK", (0, 255, 255, 0), (255, 255, 0, 0), "p.tif", (RED, BLUE)),
-    ("CMYK", (0, 255, 255, 0), (255, 255, 0, 0), "p.jpg", (RED, BLUE)),
-    ("YCbCr", (76, 85, 255), (29, 255, 107), "p.jpg", (RED, BLUE)),
-])
-def test_a_picture_of_any_mode_becomes_rgb_of_the_same_colours(
-        tmp_path, mode, left, right, name, rgb):
-    two_halves(mode, left, right).save(tmp_path / name)
-    assert_halves(tmp_path / name, *rgb, tolerance=4 if name.endswith("jpg") else 0)
+def test_whole_floats_are_the_numbers_they_are(folder):
+    text = json.dumps(valid())
+    for field in ("id", "image_id", "category_id"):
+        text = re.sub(rf'"{field}": (\d+)', rf'"{field}": \1.0', text)
+    assert '"image_id": 5.0' in text
+    a = annotations.read_annotations(*save(folder, text))
+    whole = annotations.read_annotations(*save(folder, valid()))
+    assert repr((a.image_ids, a.category_ids)) == "([7, 5], [3, 90])"
+    assert torch.equal(a.boxes, whole.boxes) and torch.equal(a.labels, whole.labels)
+    mixed = annotations.read_annotations(*save(folder, changed("images", 0, id=7.0)))
+    assert torch.equal(mixed.boxes, whole.boxes)
+    with pytest.raises(annotations.DataError, match="no id"):
+        annotations.read_annotations(*save(folder, changed("images", 0, id=7.5)))
 
 
-@pytest.mark.parametrize("name", ["p.png", "p.tif"])
-def test_sixteen_bits_of_grey_become_eight_and_65535_is_white(tmp_path, name):
-    for left, right, expected in (
-            (50 * 257, 200 * 257, (50, 200)), (3 * 257, 65535, (3, 255)), (5, 200, (0, 0))):
-        grey = np.full((20, 40), left, np.uint16)
-        grey[:, 20:] = right
-        Image.fromarray(grey).save(tmp_path / name)
-        # the last one stays as dark as it is
-        assert_halves(tmp_path / name, *[(v,) * 3 for v in expected])
+@pytest.mark.parametrize("value, crowd", [
+    ("0", False), ("1", True), (0.0, False), (1.0, True), (True, True), (False, False),
+    (None, False), ("", False), ("false", False), ("True", True)])
+def test_iscrowd_is_read_as_people_write_it(folder, value, crowd):
+    a = annotations.read_annotations(*save(folder, annotation(iscrowd=value)))
+    assert a.crowd.tolist()[0] == crowd
 
 
-@pytest.mark.parametrize("name", ["p.png", "p.gif"])
-@pytest.mark.parametrize("transparency", [None, 1])
-def test_a_palette_is_looked_up_also_where_it_is_transparent(tmp_path, name, transparency):
-    picture = two_halves("P", 1, 2)
-    picture.putpalette([*GREEN, *RED, *BLUE])
-    options = {} if transparency is None else {"transparency": transparency}
-    picture.save(tmp_path / name, **options)
-    assert_halves(tmp_path / name, RED, BLUE)
+@pytest.mark.parametrize("name", ["sub\\c.png", "sub/c.png", ".\\sub\\c.png", "ABSOLUTE/sub/c.png",
+                                  "ABSOLUTE\\sub\\c.png"])
+def test_names_with_backslashes_and_absolute_ones_lead_to_the_picture(folder, name):
+    (folder / "pictures" / "sub").mkdir(exist_ok=True)
+    Image.new("RGB", (40, 30), RED).save(folder / "pictures" / "sub" / "c.png")
+    name = name.replace("ABSOLUTE", str(folder / "pictures"))
+    a = annotations.read_annotations(*save(folder, picture(file_name=name)))
+    assert Path(a.path(0)).samefile(folder / "pictures" / "sub" / "c.png")
 
 
-# Which visual corners (T, B: top, bottom; L, R: left, right) the stored corners TL, TR, BL, BR
-# are, from the EXIF standard's "the 0th row is at the visual ..., the 0th column at the visual ..."
-EXIF = {1: "TL TR BL BR", 2: "TR TL BR BL", 3: "BR BL TR TL", 4: "BL BR TL TR",
-        5: "TL BL TR BR", 6: "TR BR TL BL", 7: "BR TR BL TL", 8: "BL TL BR TR"}
+def test_an_absolute_name_through_a_link_lies_in_the_folder_too(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder / "pictures")
+    for name, images in ((folder / "pictures" / "a.png", tmp_path / "link"),
+                         (tmp_path / "link" / "a.png", tmp_path / "link")):
+        json_file, _ = save(folder, picture(file_name=str(name)))
+        assert annotations.read_annotations(json_file, images).file_names[0] == "a.png"
+    for outside in (folder / "pictures2" / "a.png", folder / "pictures" / ".." / "a.png"):
+        with pytest.raises(annotations.DataError, match="leaves"):
+            annotations.read_annotations(*save(folder, picture(file_name=str(outside))))
 
 
-@pytest.mark.parametrize("orientation", EXIF)
-@pytest.mark.parametrize("name", ["p.jpg", "p.png"])
-def test_a_rotated_photograph_comes_out_upright(tmp_path, orientation, name):
-    colours = {"TL": RED, "TR": GREEN, "BL": BLUE, "BR": WHITE}
-    # as stored; upright it is 96 wide
-    width, height = (96, 64) if orientation < 5 else (64, 96)
-    stored = Image.new("RGB", (width, height))
-    for corner, where in zip(EXIF[orientation].split(), [(0, 0), (1, 0), (0, 1), (1, 1)]):
-        place = where[0] * width // 2, where[1] * height // 2, width, height
-        stored.paste(colours[corner], place)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / name, exif=exif, **({"quality": 95} if name == "p.jpg" else {}))
-    picture = annotations.load_picture(tmp_path / name, height=64, width=96)
-    for corner, place in (("TL", (8, 8)), ("TR", (88, 8)), ("BL", (8, 56)), ("BR", (88, 56))):
-        assert np.abs(np.subtract(picture.getpixel(place), colours[corner])).max() < 30
+@pytest.mark.parametrize("sides", [{}, {"height": None, "width": None}, {"height": 0, "width": 0},
+                                   {"width": 40}])
+def test_a_size_that_the_file_does_not_say_is_the_pictures(folder, sides):
+    content = valid()
+    del content["images"][0]["height"], content["images"][0]["width"]
+    content["images"][0].update(sides)
+    assert annotations.read_annotations(*save(folder, content)).sizes.tolist()[0] == [30, 40]
+    (folder / "pictures" / "text.png").write_text("no picture")
+    content["images"][0]["file_name"] = "text.png"
+    with pytest.raises(annotations.DataError, match="image 7: .*text.png.*cannot be read"):
+        annotations.read_annotations(*save(folder, content))
 
 
-@pytest.mark.parametrize("name", ["p.jpg", "p.png", "p.bmp", "p.tif", "p.gif", "p.webp"])
-def test_a_picture_cut_in_the_middle_is_refused_when_it_is_loaded(folder, name):
-    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    path = folder / "pictures" / name
-    Image.fromarray(noise).save(path)
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-    files = save(folder, changed("images", 0, file_name=name))
-    pictures = data.Pictures(annotations.read_annotations(*files), data.Transform())
-    words = f"{name} .image 7.: the picture cannot be decoded"
-    with pytest.raises(annotations.DataError, match=words):
-        pictures[0, 0]
+@pytest.mark.parametrize("name, read", [
+    ("  traffic light ", "traffic light"), ("a\nb", "a b"), ("\ud800", "\\ud800"), (5, "5"),
+    (None, "3"), ("\n", "3")])
+def test_a_class_name_is_one_line_that_can_be_printed_and_drawn(folder, name, read):
+    a = annotations.read_annotations(*save(folder, changed("categories", 1, name=name)))
+    assert a.class_names[0] == read
+    figures.draw_boxes(Image.new("RGB", (40, 30)), a.boxes.tolist(), a.labels.tolist(),
+                       a.class_names)
 
 
-def test_what_is_no_picture_is_refused(tmp_path):
-    (tmp_path / "text.jpg").write_text("not a picture")
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    for name in ("text.jpg", "empty.jpg", "missing.jpg"):
-        with pytest.raises(annotations.DataError, match=name):
-            annotations.load_picture(tmp_path / name)
+def test_what_cannot_be_printed_is_escaped(folder):
+    """As a process of its own: its output is a pipe of ASCII."""
+    json_file, images = save(folder, picture(file_name="\ud800.png"))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, ROOT / "annotations.py", "check", "--json", json_file,
+                           "--images", images], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and not done.stderr
+    assert "\\ud800.png does not exist" in done.stdout
 
 
-def test_a_picture_of_another_size_than_the_json_says_is_refused_when_it_is_loaded(folder):
-    # b.png is 30 wide and 40 high
-    content = changed("images", 1, height=30, width=40)
-    pictures = data.Pictures(annotations.read_annotations(*save(folder, content)), data.Transform())
-    with pytest.raises(annotations.DataError, match="b.png .image 5.*is 30 x 40.*says 40 x 30"):
-        pictures[0, 1]
+def test_drop_bad_leaves_out_every_record_at_fault_and_names_it(folder, capsys):
+    files, expected = one_of_each_fault(folder)
+    a = annotations.read_annotations(*files, drop_bad=True)
+    # what is left is `valid`, to which the faults were added
+    assert a.image_ids == [7, 5] and a.category_ids == [3, 90]
+    assert a.boxes.tolist() == [[0.5, 1.25, 9, 5.25], [1, 2, 11, 22], [0, 0, 30, 40]]
+    assert a.first.tolist() == [0, 1, 3]
+    said = capsys.readouterr().err.splitlines()
+    assert f"left out {len(expected)} record(s)" in said[0]
+    for kind, words in expected:
+        assert f"1 x {kind}" in said[0] or f"2 x {kind}" in said[0]
+        assert len([line for line in said[1:] if all(word in line for word in words)]) == 1, words
+
+
+def test_drop_bad_of_a_file_whose_pictures_are_all_bad_says_so(folder):
+    content = valid()
+    for image in content["images"]:
+        image["file_name"] = "nowhere.png"
+    with pytest.raises(annotations.DataError, match="leaves no picture.*nowhere.png"):
+        annotations.read_annotations(*save(folder, content), drop_bad=True)
+
+
+def test_drop_bad_of_a_crowd_leaves_its_full_boxes_with_their_picture(crowd_folder):
+    (crowd_folder / "Images" / "c.jpg").write_bytes(b"no picture")
+    bad = {"ID": "c", "gtboxes": [person(1, 1, 5, 5)], "height": 60, "width": 80}
+    file = write_lines(crowd_folder / "f.odgt", [bad, *GOOD])
+    a = annotations.read_annotations(file, crowd_folder / "Images", drop_bad=True)
+    b = annotations.read_annotations(write_lines(crowd_folder / "g.odgt", GOOD),
+                                     crowd_folder / "Images")
+    for name in ("image_ids", "first", "boxes", "full_boxes", "full_first", "full_ignore", "area"):
+        assert repr(getattr(a, name)) == repr(getattr(b, name))
+
+
+@pytest.mark.parametrize("value, ignored", [("0", False), ("1", True), (True, True)])
+def test_ignore_is_read_as_people_write_it(crowd_folder, value, ignored):
+    line = {"ID": "a", "gtboxes": [person(1, 1, 9, 9, ignore=value)]}
+    file = write_lines(crowd_folder / "f.odgt", [line])
+    a = annotations.read_annotations(file, crowd_folder / "Images")
+    assert a.crowd.tolist() == a.full_ignore.tolist() == [ignored]
 
 
 # ------------------------------------------------------------------------------------------------
-# Pascal VOC
+# classes by name
 # ------------------------------------------------------------------------------------------------
 
-def voc_object(name, box, extra=""):
-    corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
-    return f"<object><name>{name}</name>{extra}<bndbox>{corners}</bndbox></object>"
+def test_classes_go_by_name_whatever_their_order_and_their_ids(folder):
+    a = annotations.read_annotations(*save(folder, valid()))            # car 3, toothbrush 90
+    b = annotations.with_classes(a, ["zebra", "toothbrush", "car"])
+    assert b.category_ids == [None, 90, 3] and b.class_names == ["zebra", "toothbrush", "car"]
+    assert a.labels.tolist() == [0, 1, 0] and b.labels.tolist() == [2, 1, 2]
+    assert annotations.with_classes(a, ["car", "toothbrush"]) is a
+    with pytest.raises(annotations.DataError, match="set.json: its classes 'toothbrush' are not"):
+        annotations.with_classes(a, ["car", "zebra"])
 
 
-def voc_xml(name, inside):
-    size = "<size><width>40</width><height>30</height></size>"
-    return f"<annotation><filename>{name}.jpg</filename>{size}{inside}</annotation>"
-
-
-@pytest.fixture
-def voc(tmp_path):
-    """a has a dog and a difficult cat, b nothing; a is in train, both are in trainval."""
-    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (tmp_path / "VOC" / name).mkdir(parents=True)
-    objects = (voc_object("dog", (5, 6, 25, 16))
-               + voc_object("cat", ("1.5", 2, 9, 8), "<difficult>1</difficult>"))
-    for name, inside in (("a", objects), ("b", "")):
-        Image.new("RGB", (40, 30)).save(tmp_path / "VOC" / "JPEGImages" / f"{name}.jpg")
-        (tmp_path / "VOC" / "Annotations" / f"{name}.xml").write_text(voc_xml(name, inside))
-    (tmp_path / "VOC" / "ImageSets" / "Main" / "train.txt").write_text("a\n")
-    (tmp_path / "VOC" / "ImageSets" / "Main" / "trainval.txt").write_text("b\na\n")
-    return tmp_path / "VOC"
-
-
-def test_voc_becomes_coco_that_the_reader_reads(voc, tmp_path):
-    written = annotations.voc2coco(voc, tmp_path / "out")
-    assert [Path(file).name for file in written] == ["train.json", "trainval.json"]
-    train, both = (annotations.read_annotations(file, voc / "JPEGImages") for file in written)
-    assert train.file_names == ["a.jpg"] and both.file_names == ["b.jpg", "a.jpg"]
-    assert both.first.tolist() == [0, 0, 2]
-    assert train.class_names == both.class_names == ["cat", "dog"]
-    # edges, so the dog is 20 pixels wide
-    assert both.boxes.tolist() == [[5, 6, 25, 16], [1.5, 2, 9, 8]]
-    assert both.labels.tolist() == [1, 0] and both.crowd.tolist() == [False, True]
-    assert json.loads(Path(written[0]).read_text())["annotations"][0]["area"] == 200
-
-
-def test_vocs_own_lists_of_one_class_are_read_too(voc, tmp_path):
-    """VOC's ImageSets/Main also holds dog_train.txt and the like: a name and 1, -1 or 0 a line."""
-    (voc / "ImageSets" / "Main" / "dog_trainval.txt").write_text("a  1\nb -1\n")
-    annotations.voc2coco(voc, tmp_path / "out")
-    train = annotations.read_annotations(tmp_path / "out" / "train.json", voc / "JPEGImages")
-    assert train.file_names == ["a.jpg"]
-
-
-@pytest.mark.parametrize("xml", [
-    None, "", "<annotation>", "<annotation></annotation>",
-    voc_xml("a", "<object><name>dog</name></object>"),
-    voc_xml("a", voc_object("dog", ("five", 6, 25, 16))),
-    voc_xml("a", voc_object("dog", (5, 6, 25))),
-])
-def test_a_broken_voc_annotation_is_named(voc, tmp_path, xml):
-    (voc / "Annotations" / "a.xml").unlink()
-    if xml is not None:
-        (voc / "Annotations" / "a.xml").write_text(xml)
-    with pytest.raises(annotations.DataError, match="a.xml"):
-        annotations.voc2coco(voc, tmp_path / "out")
-
-
-def test_a_voc_object_without_a_name_is_named(voc, tmp_path):
-    file = voc / "Annotations" / "a.xml"
-    file.write_text(file.read_text().replace("<name>dog</name>", ""))
-    with pytest.raises(annotations.DataError, match="a.xml"):
-        annotations.voc2coco(voc, tmp_path / "out")
-
-
-def test_a_voc_box_without_extent_is_carried_over_for_the_check_to_find(voc, tmp_path):
-    file = voc / "Annotations" / "a.xml"
-    file.write_text(file.read_text().replace("<xmax>25</xmax>", "<xmax>5</xmax>"))
-    written = annotations.voc2coco(voc, tmp_path / "out")
-    with pytest.raises(annotations.DataError, match="no extent"):
-        annotations.read_annotations(written[0], voc / "JPEGImages")
+def test_a_file_without_classes_and_boxes_lacks_them_all(folder):
+    a = annotations.read_annotations(*save(folder, {**valid(), "annotations": [],
+                                                    "categories": []}))
+    b = annotations.with_classes(a, ["car"])
+    assert b.category_ids == [None] and b.labels.dtype == torch.long
 
 
 # ------------------------------------------------------------------------------------------------
@@ -616,7 +592,7 @@ def one_of_each_fault(folder):
         {"id": 5, "file_name": "twice.png", **size},
         {"id": 11, "file_name": "../up.png", **size},
         {"id": 12, "file_name": "/top.png", **size},
-        {"id": 13, "file_name": "a.png", "height": 0, "width": 40},
+        {"id": 13, "file_name": "a.png", "height": -1, "width": 40},
         {"id": 14, "file_name": "missing.png", **size},
         {"id": 15, "file_name": "small.png", "height": 300, "width": 400},
         {"id": 16, "file_name": "cut.jpg", **size},
@@ -699,6 +675,42 @@ def test_check_exits_with_2_and_one_line_when_nothing_can_be_read(tmp_path, comm
     assert said.startswith(f"annotations.py: {file}: ")
 
 
-def test_voc2coco_exits_with_2_and_one_line_when_there_is_no_voc_folder(tmp_path, command):
-    code, _, said = command(annotations, "voc2coco", tmp_path, "--out", tmp_path / "out")
-    assert code == 2 and said.count("\n") == 1 and str(tmp_path) in said
+def many_boxes(make):
+    """A data set with 40 boxes in pictures of 40 x 30 and 30 x 40, as `make` writes them."""
+    rng, content = np.random.default_rng(0), valid()
+    content["annotations"] = []
+    for n in range(40):
+        image = content["images"][n % 2]
+        width, height = image["width"], image["height"]
+        x1, x2 = np.sort(rng.choice(width, 2, replace=False))
+        y1, y2 = np.sort(rng.choice(height, 2, replace=False))
+        content["annotations"].append({
+            "id": n + 1, "image_id": image["id"], "category_id": 3,
+            "bbox": [float(v) for v in make(x1, y1, x2, y2, width, height)]})
+    return content
+
+
+@pytest.mark.parametrize("make, kind", [
+    (lambda x1, y1, x2, y2, w, h: (x1, y1, x2, y2), "boxes look like corners"),
+    (lambda x1, y1, x2, y2, w, h: (x1 / w, y1 / h, (x2 - x1) / w, (y2 - y1) / h),
+     "boxes below one pixel"),
+    (lambda x1, y1, x2, y2, w, h: ((x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w,
+                                   (y2 - y1) / h), "boxes below one pixel"),
+    (lambda x1, y1, x2, y2, w, h: (x1, y1, x2 - x1, y2 - y1), None),
+    # a pixel too long is rounding
+    (lambda x1, y1, x2, y2, w, h: (x1, y1, w - x1 + 1, h - y1 + 1), None),
+])
+def test_the_check_finds_boxes_in_another_form(folder, make, kind):
+    out = io.StringIO()
+    faults = annotations.check(*save(folder, many_boxes(make)), out=out)
+    assert faults == (kind is not None)
+    assert kind is None or f"  {kind}: 1" in out.getvalue()
+
+
+def test_the_check_finds_a_class_that_is_listed_twice_and_training_lives_with_it(folder):
+    content = with_more("categories", {"id": 4, "name": "car "})
+    out = io.StringIO()
+    assert annotations.check(*save(folder, content), out=out) == 1
+    assert "'car' is listed 2 times" in out.getvalue()
+    a = annotations.read_annotations(*save(folder, content))
+    assert a.class_names == ["car", "car", "toothbrush"]

@@ -80,11 +80,39 @@ def test_files_alone_are_custom_data(given, chosen):
      "--data-dir does not concern --data custom, whose files are named one by one"),
     ({"val_json": "v.json", "data_dir": "a"},
      "--data-dir does not concern --data custom, whose files are named one by one"),
+    ({"data": "coco", "val_share": 0.2},
+     "--val-share goes with --data custom, not with coco, which has a val split"),
+    ({"train_json": "t.json", "val_json": "v.json", "val_share": 0.2},
+     "--val-share cuts the val split off the training pictures: give it, or --val-json and "
+     "--val-images"),
+    ({"train_json": "t.json", "val_share": 1.0},
+     "--val-share 1.0: must be above 0 and below 1"),
 ])
 def test_a_flag_of_another_data_set_is_refused_by_name(given, words):
     with pytest.raises(annotations.DataError) as refused:
         data.data_set(given, "scenes")
     assert str(refused.value) == words
+
+
+def test_a_share_of_the_pictures_is_for_evaluation_alone(tiny_scenes):
+    """Whatever the order of the file; each box stays with its picture."""
+    flags = {"data": "custom", "train_json": str(tiny_scenes / "train.json"),
+             "train_images": str(tiny_scenes / "train"), "val_share": 0.25}
+    whole = annotations.read_annotations(flags["train_json"], flags["train_images"])
+    parts = [data.read(flags, split) for split in ("train", "val")]
+    assert [len(part) for part in parts] == [18, 6]
+    assert sorted(parts[0].image_ids + parts[1].image_ids) == sorted(whole.image_ids)
+    for part in parts:
+        for n, i in enumerate(part.image_ids):
+            k = whole.image_ids.index(i)
+            assert part.path(n) == whole.path(k)
+            assert torch.equal(part.sizes[n], whole.sizes[k])
+            for name in ("boxes", "labels", "crowd", "xywh", "area"):
+                assert torch.equal(getattr(part, name)[part.first[n]:part.first[n + 1]],
+                                   getattr(whole, name)[whole.first[k]:whole.first[k + 1]])
+    # a val split that is named goes before
+    flags.update(val_json=str(tiny_scenes / "val.json"), val_images=str(tiny_scenes / "val"))
+    assert len(data.read(flags, "val")) == 7 and len(data.read(flags, "train")) == 24
 
 
 # ------------------------------------------------------------------------------------------------

@@ -272,6 +272,41 @@ def test_dropped_boxes_are_no_missed_objects_in_evaluation(
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["AP"] == 100
 
 
+def test_classes_go_by_name_and_one_that_the_file_lacks_is_left_out(
+        tiny_scenes, tmp_path, monkeypatch, command):
+    """The file lists five of the six classes, in another order and with other ids."""
+    record = json.loads((tiny_scenes / "val.json").read_text())
+    names = [c["name"] for c in sorted(record["categories"], key=lambda c: c["id"])]
+    lacking = record["categories"].pop(0)["id"]
+    record["annotations"] = [a for a in record["annotations"] if a["category_id"] != lacking]
+    for category in record["categories"]:
+        category["id"] = 100 - category["id"]
+    for one in record["annotations"]:
+        one["category_id"] = 100 - one["category_id"]
+    (tmp_path / "val.json").write_text(json.dumps(record))
+
+    flags = {"data": "custom", "val_json": str(tmp_path / "val.json"),
+             "val_images": str(tiny_scenes / "val")}
+    truth_set = data.read(flags, "val", names)
+    knows = all_knowing(data.Pictures(truth_set, data.Transform(shortest=(128,))), 16)
+    unseen = truth_set.category_ids.index(None)
+
+    def found(self, one, k):
+        boxes, scores, labels = knows(one, k)["plain"]
+        extra = torch.tensor([[1.0, 1, 9, 9]]), torch.ones(1), torch.tensor([unseen])
+        both = [torch.cat(pair) for pair in zip(extra, (boxes, scores, labels))]
+        return dict.fromkeys(("plain", "nms"), both)
+
+    monkeypatch.setattr(models.FCOS, "detections", found)
+    code, _, err = command(evaluate, "--weights", checkpoint(tmp_path, names, flags),
+                           "--device", "cpu", "--batch-size", 16, "--out", tmp_path / "out")
+    assert code == 0, err
+    detections = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert figures(tmp_path, record, detections)["AP"] == 100
+    assert len(detections) == len(record["annotations"])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["AP"] == 100
+
+
 def test_a_checkpoint_of_other_classes_is_refused(tiny_scenes, tmp_path, command):
     weights = checkpoint(tmp_path, ["cat", "dog"])
     own = ["--val-json", tiny_scenes / "val.json", "--val-images", tiny_scenes / "val"]

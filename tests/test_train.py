@@ -307,6 +307,22 @@ def test_the_checkpoint_alone_gives_the_same_figures_again(
     assert (again / "detections.json").read_text() == (run / "detections.json").read_text()
 
 
+def test_without_a_val_split_a_share_is_cut_off_the_same_in_training_and_evaluation(
+        tiny_scenes, tmp_path, command):
+    """Of 24 pictures a quarter; a pair of flags is taken out of the command line."""
+    out, words = tmp_path / "run", flags(tiny_scenes, steps=2, out=tmp_path / "run")
+    for name in ("--val-json", "--val-images"):
+        del words[words.index(name):words.index(name) + 2]
+    train.main([*words, "--val-share", "0.25"])
+    assert json.loads((out / "args.json").read_text())["val_share"] == 0.25
+    found = json.loads((out / "detections.json").read_text())
+    assert len({d["image_id"] for d in found}) == 6
+
+    code, _, err = command(evaluate, "--weights", out / "last.pt", "--out", tmp_path / "again")
+    assert code == 0, err
+    assert (tmp_path / "again" / "metrics.json").read_text() == (out / "metrics.json").read_text()
+
+
 def test_init_takes_what_fits_and_lists_the_rest(tiny_scenes, tmp_path, capsys):
     train.main(flags(tiny_scenes, steps=1, out=tmp_path / "a"))
     train.main(flags(tiny_scenes, steps=1, lr=1e-12, detector="retinanet",
