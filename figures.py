@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-import annotations
 import assign
 import checkpoints
 import data

@@ -18,7 +18,7 @@ from torchvision.ops import clip_boxes_to_image
 
 import annotations
 import data
-import figures
+import detect
 
 ROOT = Path(annotations.__file__).parent
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -496,8 +496,8 @@ def test_a_size_that_the_file_does_not_say_is_the_pictures(folder, sides):
 def test_a_class_name_is_one_line_that_can_be_printed_and_drawn(folder, name, read):
     a = annotations.read_annotations(*save(folder, changed("categories", 1, name=name)))
     assert a.class_names[0] == read
-    figures.draw_boxes(Image.new("RGB", (40, 30)), a.boxes.tolist(), a.labels.tolist(),
-                       a.class_names)
+    detect.draw_boxes(Image.new("RGB", (40, 30)), a.boxes.tolist(), a.labels.tolist(),
+                      a.class_names)
 
 
 def test_what_cannot_be_printed_is_escaped(folder):
