@@ -1,9 +1,10 @@
-"""Published checkpoints in, ours out.
+"""Published checkpoints in, ours out; and ours to a file that runs without this code.
 
-That is their names, their class ids, and what their authors' code fixes around them.
+In: their names, their class ids, and what their authors' code fixes around them.
 
     python convert.py model_final.pth --out onenet.pt
     python evaluate.py --weights onenet.pt --data coco --data-dir coco
+    python convert.py --export out.pt2 --weights onenet.pt --size 800 1344
 
 Knows, by their keys alone, the files of OneNet, of detectron2's and torchvision's RetinaNet and
 FCOS, of AdelaiDet's FCOS, of CenterNet, DETR, Deformable DETR and Sparse R-CNN, and ImageNet
@@ -12,17 +13,25 @@ or it is an error: keys that are missing, left over, or of another shape are lis
 Deformable DETR is refused.  One thing keys cannot tell: DETR-DC5's are plain DETR's; it is refused
 where the file says so itself, as the published ones' flags may.  Files are read without running any
 code in them.
+
+Out: torch.export's file.  It takes pictures (B, 3, H, W), float32 RGB from 0 to 255, any number of
+one size, and gives boxes (B, Q, 4), xyxy in pixels of these, and scores (B, Q, C).
 """
 import argparse
+import io
+import json
 import pickle
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 
 import checkpoints
+import data
 import models
+import runs
 from checkpoints import CheckpointError
 
 # COCO's 80 classes: the ids in use (10 of 1 ... 90 are not), and the names of its files
@@ -36,7 +45,8 @@ cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, 
 cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
 hair drier, toothbrush""".replace("\n", " ").split(", ")
 
-# by the number of classes: their names and ids, and flags of evaluation
+# by the number of classes: their names and ids, and flags of evaluation; of other numbers they are
+# "class 1", "class 2" ..., unless --classes names them
 DATA_SETS = {80: (COCO_NAMES, COCO_IDS, {"data": "coco", "max_dets": 100}),
              1: (["person"], [1], {"data": "crowdhuman", "max_dets": 500})}
 
@@ -253,6 +263,44 @@ class ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+# names under which training codes keep weights, also a moving average: model_ema, ema_state_dict
+CONTAINER = re.compile(r"(ema|model|module|net|weights|blobs|state_dict)"
+                       r"(_(ema|model|module|net|weights|state_dict|state))*")
+# what torch.compile, several GPUs, and a trainer around the model put before its names
+WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)+|(?<=\.)_orig_mod\.")
+
+
+def innermost(checkpoint, depth=4):
+    """The named tensors and arrays of a dict, or of one in it: {} where there are none.
+
+    A moving average's only where there are no others.  depth: a file may hold itself.
+    """
+    inside = [name for name, value in checkpoint.items() if isinstance(value, dict)
+              and isinstance(name, str) and CONTAINER.fullmatch(name)]
+    for name in sorted(inside, key=lambda name: "ema" in name) if depth else ():
+        found = innermost(checkpoint[name], depth - 1)
+        if found:
+            return found
+    return {name: value for name, value in checkpoint.items()
+            if isinstance(name, str) and (torch.is_tensor(value) or hasattr(value, "__array__"))}
+
+
+def read_names(file):
+    """Names of classes, one a line.  Raises CheckpointError."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check the "
+                              f"path") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{file}: not text in UTF-8; save it as such") from None
+    names = [line.strip() for line in lines if line.strip()]
+    twice = [name for n, name in enumerate(names) if name in names[:n]]
+    if twice:
+        raise CheckpointError(f"{file}: names {twice[0]} twice; each class needs a name of its own")
+    return names
+
+
 def read(file):
     """The named tensors of a PyTorch checkpoint, or of detectron2's pickle of numpy arrays."""
     if Path(file).suffix == ".pkl":
@@ -272,13 +320,21 @@ def read(file):
         raise CheckpointError(f"{file}: a DETR with a dilated last stage (DC5), which our backbone "
                               f"does not have; its keys are plain DETR's")
 
-    for container in ("model", "state_dict", "blobs"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(container), dict):
-            checkpoint = checkpoint[container]
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{file}: not a checkpoint: it holds a {type(checkpoint).__name__}")
-    return {k.removeprefix("module."): torch.as_tensor(v) for k, v in checkpoint.items()
-            if isinstance(k, str) and (torch.is_tensor(v) or hasattr(v, "__array__"))}
+
+    weights = {}
+    for key, value in innermost(checkpoint).items():
+        name = WRAPPERS.sub("", key)
+        if name in weights:
+            raise CheckpointError(f"{file}: holds {name} twice, once as {key}; keep one of the two "
+                                  f"models")
+        try:
+            weights[name] = torch.as_tensor(value)
+        except (TypeError, ValueError):
+            raise CheckpointError(f"{file}: its entry {key} is no tensor but a numpy array of "
+                                  f"{value.dtype}; save it without") from None
+    return weights
 
 
 # ------------------------------------------------------------------------------------------------
@@ -357,8 +413,10 @@ def find_layout(weights):
                           f"{', '.join(sorted(weights)[:3]) or 'nothing'}")
 
 
-def settle_classes(weights, layout, detector):
-    """How many classes of ours the classifier knows, 80 or 1, and how many outputs are no class.
+def settle_classes(weights, layout, detector, names=None):
+    """How many classes the classifier knows, and how many outputs are no class.
+
+    names: of the classes, if others than COCO's or CrowdHuman's
 
     Outputs for COCO's 91 ids become outputs for its 80 classes: within each anchor, and with DETR's
     last one, "no object".  DETR and Deformable DETR keep those of the other 11 ids behind the
@@ -372,16 +430,18 @@ def settle_classes(weights, layout, detector):
 
     anchors, no_object = 9 if detector == "retinanet" else 1, detector == "detr"
     num_classes, unused = len(weights[classifiers[0]]) // anchors - no_object, []
-    if num_classes == 91:
+    if num_classes < 1:
+        raise CheckpointError(f"{layout}: its classifier has no outputs for classes")
+    if names is not None and len(names) != num_classes:
+        raise CheckpointError(f"{layout} with {num_classes} classes, but --classes names "
+                              f"{len(names)}; give one name a line")
+    if num_classes == 91 and names is None:
         if detector in ("detr", "deformable-detr"):
             unused = [i for i in range(91) if i not in COCO_IDS]
         for key in classifiers:
             w = weights[key].unflatten(0, (anchors, -1))            # (A, 91 or 92, ...)
             weights[key] = w[:, COCO_IDS + unused + [91] * no_object].flatten(0, 1)
         num_classes = 80
-    if num_classes not in (1, 80):
-        raise CheckpointError(f"{layout} with {num_classes} classes: only COCO's 80 (or 91 ids) "
-                              f"and CrowdHuman's 1 can be converted")
     return num_classes, len(unused)
 
 
@@ -399,10 +459,12 @@ def fitted(weights, own, layout):
     return {**{k: weights[k].float() for k in own}, **counters}
 
 
-def convert(weights, resnet=None):
+def convert(weights, resnet=None, names=None):
     """A checkpoint of ours from the named tensors of a published one.
 
-    resnet: "torchvision" or "msra", if not the one the layout's authors used.
+    resnet: "torchvision" or "msra", if not the one the layout's authors used
+    names: of its classes, if others than COCO's or CrowdHuman's
+
     Returns (layout's name, checkpoint).  Raises CheckpointError.
     """
     layout, _, rules, build, test_transform = find_layout(weights)
@@ -421,7 +483,7 @@ def convert(weights, resnet=None):
         fold_bias(weights)
     if detector == "fcos" and "variant" in build:
         weights.setdefault("scale", torch.ones(5))          # they have none
-    num_classes, unused_ids = settle_classes(weights, layout, detector)
+    num_classes, unused_ids = settle_classes(weights, layout, detector, names)
     if unused_ids:
         options["unused_ids"] = unused_ids
 
@@ -431,39 +493,152 @@ def convert(weights, resnet=None):
         sizes_outer(model)
 
     # the classes, and how its authors test
-    names, ids, args = DATA_SETS[num_classes]
-    if num_classes == 1 and test_transform is COCO_TEST:
+    if names is None and num_classes in DATA_SETS:
+        names, ids, args = DATA_SETS[num_classes]
+    else:
+        names = names or [f"class {n}" for n in range(1, num_classes + 1)]
+        ids, args = list(range(1, num_classes + 1)), {"data": "custom", "max_dets": 100}
+    if args["data"] == "crowdhuman" and test_transform is COCO_TEST:
         test_transform = CROWDHUMAN_TEST.get(detector, CROWDHUMAN_TEST[""])
     args = {**args, "precision": "fp32", "drop_bad_boxes": True}
     return layout, {"model": model, "build": build, "class_names": names, "category_ids": ids,
                     "test_transform": test_transform, "args": args}
 
 
-def main():
+# ------------------------------------------------------------------------------------------------
+# exporting
+# ------------------------------------------------------------------------------------------------
+
+class Deployed(torch.nn.Module):
+    """A detector as a deployer wants it: nothing but tensors in and out, all float32.
+
+    pictures: (B, 3, H, W) RGB, 0 to 255, without padding, of one size for all
+    returns boxes (B, Q, 4) xyxy in pixels of these, not clipped, and scores (B, Q, C)
+    """
+
+    def __init__(self, detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, pictures):
+        no_padding = torch.zeros_like(pictures[:, 0], dtype=torch.bool)       # (B, H, W)
+        prediction = self.detector(pictures, no_padding)
+        return prediction.boxes, self.detector.scores(prediction)
+
+
+def picture_size(transform, size, divisor):
+    """Height and width to export for: `size`, or the only one a data.Transform makes.
+
+    divisor: of a Detector.  Raises CheckpointError.
+    """
+    if size is None:
+        size = [*transform.shortest, transform.longest]
+        if len(size) != 2 or size[0] != size[1]:
+            raise CheckpointError("give --size HEIGHT WIDTH: this detector was tested with "
+                                  "pictures of many sizes, and an exported one takes one")
+    if not all(0 < side <= 10_000 and side % divisor == 0 for side in size):
+        raise CheckpointError(f"--size {size[0]} {size[1]}: this detector's pictures have sides "
+                              f"that are multiples of {divisor}, up to 10,000")
+    return size
+
+
+def export(detector, height, width):
+    """torch.export's program of Deployed(detector), for any number of pictures of one size."""
+    deployed = Deployed(detector).eval().requires_grad_(False)
+    pictures = torch.zeros(2, 3, height, width)     # two: of one it would think that B is always 1
+    any_number = {"pictures": {0: torch.export.Dim("batch")}}
+    with torch.no_grad():
+        return torch.export.export(deployed, (pictures,), dynamic_shapes=any_number, strict=False)
+
+
+def export_file(weights, out, size=None):
+    """The detector of a checkpoint as a file of torch.export.  Returns a sentence about it.
+
+    Its extra file classes.json is the list of class names.  Raises CheckpointError and OSError.
+    """
+    detector, checkpoint = checkpoints.load(weights)
+    transform = data.Transform(**checkpoint["test_transform"])
+    height, width = picture_size(transform, size, detector.divisor)
+    program = export(detector, height, width)
+
+    # in memory first: torch.export.save itself has no word for a full disk
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():                 # PyTorch's own, about its own code
+        warnings.simplefilter("ignore")
+        torch.export.save(program, buffer,
+                          extra_files={"classes.json": json.dumps(checkpoint["class_names"])})
+    with runs.whole(out) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+    return f"{type(detector).__name__}, pictures of {height} x {width} pixels"
+
+
+# ------------------------------------------------------------------------------------------------
+# the command line
+# ------------------------------------------------------------------------------------------------
+
+def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="IN", help="a published checkpoint (.pth, .pkl)")
-    parser.add_argument("--out", required=True, metavar="OUT",
-                        help="the file to write; must not exist")
-    parser.add_argument("--resnet", choices=("torchvision", "msra"),
-                        help="whose ImageNet weights the model was trained from, if not those its "
-                             "authors used: torchvision (RGB, stride in the 3x3) or msra (BGR, "
-                             "stride in the first 1x1; detectron2's model zoo)")
-    args = parser.parse_args()
+    g = parser.add_argument_group("a published checkpoint in")
+    g.add_argument("file", metavar="IN", nargs="?", help="a published checkpoint (.pth, .pkl)")
+    g.add_argument("--out", metavar="OUT", help="the file to write; must not exist")
+    g.add_argument("--resnet", choices=("torchvision", "msra"),
+                   help="whose ImageNet weights the model was trained from, if not those its "
+                        "authors used: torchvision (RGB, stride in the 3x3) or msra (BGR, "
+                        "stride in the first 1x1; detectron2's model zoo)")
+    g.add_argument("--classes", metavar="NAMES.txt",
+                   help="the classes' names, one a line in the order of the scores (default: "
+                        "COCO's of 80 or 91, person of 1, else class 1, class 2, ...)")
+    g = parser.add_argument_group("a detector out")
+    g.add_argument("--export", metavar="OUT.pt2",
+                   help="the file of torch.export to write; must not exist")
+    g.add_argument("--weights", metavar="F", help="a checkpoint of train.py or of this program")
+    g.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
+                   help="of the pictures, in pixels (default: those it was tested with, where all "
+                        "are squares of one size)")
+    return parser
+
+
+def convert_file(file, out, resnet=None, classes=None):
+    """A published file to one of ours.  Returns a sentence about it.
+
+    Raises CheckpointError and OSError.
+    """
+    names = classes and read_names(classes)
+    weights = read(file)
     try:
-        if Path(args.out).exists():
-            raise CheckpointError(f"{args.out}: exists already; choose another name")
-        try:
-            layout, checkpoint = convert(read(args.file), args.resnet)
-        except CheckpointError as error:
-            raise (error if str(error).startswith(args.file)
-                   else CheckpointError(f"{args.file}: {error}")) from None
-        checkpoints.save_whole(checkpoint, Path(args.out))
+        layout, checkpoint = convert(weights, resnet, names)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    except Exception as error:                      # tensors of a damaged file have any shape
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{file}: damaged: {type(error).__name__}: {reason}") from None
+    checkpoints.save_whole(checkpoint, Path(out))
+    return f"{layout}, {sum(v.numel() for v in checkpoint['model'].values()):,} numbers"
+
+
+def main():
+    parser = make_parser()
+    args = parser.parse_args()
+    given = {name for name, value in vars(args).items() if value is not None}
+    converting = {"file", "out"} <= given <= {"file", "out", "resnet", "classes"}
+    exporting = {"export", "weights"} <= given <= {"export", "weights", "size"}
+    if not converting and not exporting:
+        parser.error("give IN --out OUT (and --resnet, --classes), or --export OUT.pt2 --weights "
+                     "F (and --size)")
+
+    source, out = (args.file, args.out) if converting else (args.weights, args.export)
+    try:
+        if Path(out).exists():
+            raise CheckpointError(f"{out}: exists already; choose another name")
+        if converting:
+            said = convert_file(source, out, args.resnet, args.classes)
+        else:
+            said = export_file(source, out, args.size)
     except (CheckpointError, OSError) as error:
         print(f"convert.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{args.file}: {layout}, "
-          f"{sum(v.numel() for v in checkpoint['model'].values()):,} numbers -> {args.out}")
+    print(f"{source}: {said} -> {out}")
 
 
 if __name__ == "__main__":

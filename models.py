@@ -414,7 +414,7 @@ class Detector(nn.Module):
 
         As OneNet's code: no threshold, and NMS among those k.
         """
-        plain = top_k(one.boxes, one.logits.sigmoid(), k)
+        plain = top_k(one.boxes, self.scores(one), k)
         return {"plain": plain, "nms": with_nms(*plain, nms, k)}
 
 
@@ -495,7 +495,7 @@ class RetinaNet(Detector):
         logits, deltas, anchors = [], [], []
         features = self.neck(self.features(images, mask))
         for x, stride in zip(features, self.strides):                         # (B, width, H, W)
-            B = len(x)
+            B = x.shape[0]
             score = self.score(self.class_tower(x)).float().permute(0, 2, 3, 1)
             delta = self.delta(self.box_tower(x)).float().permute(0, 2, 3, 1)
             anchors.append(self.anchors(x, stride, images))                   # (9HW, 4)
@@ -513,7 +513,7 @@ class OriginalRetinaNet(RetinaNet):
     init, tower_bias = staticmethod(small_normal), True
 
     def detections(self, one, k=100):
-        scores = one.logits.sigmoid()
+        scores = self.scores(one)
         return candidate_detections(one, scores, scores > 0.05, k, nms=0.5)
 
 
@@ -608,13 +608,17 @@ class OriginalFCOS(Detector):
         raw = {"centreness": torch.cat(centreness, 1)}
         return Prediction(logits, boxes, points.repeat(1, 2), strides, raw=raw)
 
+    def scores(self, prediction):
+        """The geometric mean of a class's probability and the centre-ness."""
+        centreness = prediction.raw["centreness"].sigmoid()                   # (B, Q) or (Q,)
+        return (prediction.logits.sigmoid() * centreness[..., None]).sqrt()
+
     def accept(self, p, scores):
         """Which pairs may be reported, (Q, C): by class probability p, without centre-ness."""
         return p > 0.05
 
     def detections(self, one, k=100):
-        p = one.logits.sigmoid()                                              # (Q, C)
-        scores = (p * one.raw["centreness"].sigmoid()[:, None]).sqrt()
+        p, scores = one.logits.sigmoid(), self.scores(one)                    # (Q, C)
         return candidate_detections(one, scores, self.accept(p, scores), k, nms=0.6)
 
 
@@ -693,7 +697,7 @@ class OriginalCenterNet(Detector):
 
     def detections(self, one, k=100):
         """Its "NMS" keeps the cells that are the maximum of their 3x3 neighbours, per class."""
-        scores = one.logits.sigmoid()                                         # (HW, C)
+        scores = self.scores(one)                                             # (HW, C)
         heat = scores.mT.unflatten(1, one.raw["heat"].shape[1:])[None]        # (1, C, H, W)
         peak = (F.max_pool2d(heat, 3, 1, 1) == heat)[0].flatten(1).mT         # (HW, C)
         plain = top_k(one.boxes, scores, k)

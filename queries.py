@@ -182,13 +182,16 @@ class DETR(Detector):
             return attention(q, memory + position, memory, key_padding_mask=padding,
                              need_weights=False)[0]
 
-        query = self.query.weight.expand(len(x), -1, -1)                  # (B, Q, width)
+        query = self.query.weight.expand(x.shape[0], -1, -1)              # (B, Q, width)
         h, layers = torch.zeros_like(query), []
         for layer in self.decoder:
             h = layer(h, query, to_image)
             y = self.norm(h)
             layers.append((self.score(y), self.box(y).float().sigmoid()))
         return from_layers(layers, image_scale(mask), softmax=True)
+
+    def scores(self, prediction):
+        return prediction.logits.softmax(-1)[..., :self.num_classes]
 
     def detections(self, one, k=100):
         """Each query's best class: at most one detection a query, without threshold.
@@ -367,7 +370,9 @@ class DeformableDETR(Detector):
         for layer in self.encoder:
             memory = layer(memory, among_cells)
 
-        query, h = self.query.weight.expand(len(memory), -1, -1).chunk(2, -1)       # (B, Q, width)
+        # copies: torch.export takes the strides of expanded halves for a condition on B
+        query, h = (half.repeat(memory.shape[0], 1, 1)                    # (B, Q, width)
+                    for half in self.query.weight.chunk(2, -1))
         box = self.reference_points(query).float().sigmoid()              # (B, Q, 2), later 4
         layers = []
         for n, layer in enumerate(self.decoder):
@@ -384,6 +389,9 @@ class DeformableDETR(Detector):
             if self.refine:
                 box = layers[-1][1].detach()
         return from_layers(layers, image_scale(mask))
+
+    def scores(self, prediction):
+        return prediction.logits.sigmoid()[..., :self.num_classes]
 
     def detections(self, one, k=100, nms=0.5):
         """The k best pairs of query and output, as published; of them, those of classes."""
@@ -421,10 +429,10 @@ def region_levels(boxes, size=224, levels=4):
 
 def region_features(features, strides, boxes, size=224):
     """RoIAlign, 7x7 cells of 2x2 samples: boxes (B, Q, 4) to (BQ, width, 7, 7)."""
-    image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
+    image = torch.arange(boxes.shape[0], device=boxes.device).repeat_interleave(boxes.shape[1])
     rois = torch.cat([image[:, None].to(boxes), boxes.flatten(0, 1)], 1)            # (BQ, 5)
     level = region_levels(rois[:, 1:], size, len(features))
-    out = boxes.new_zeros(len(rois), features[0].shape[1], 7, 7)
+    out = boxes.new_zeros(rois.shape[0], features[0].shape[1], 7, 7)
     for n, (x, stride) in enumerate(zip(features, strides)):
         at = (level == n).nonzero()[:, 0]     # waits for the device, as in detectron2
         regions = roi_align(x.to(boxes.dtype), rois[at], 7, 1 / stride, sampling_ratio=2,
@@ -490,7 +498,7 @@ class SparseRCNN(Detector):
     def forward(self, images, mask):
         features = self.neck(self.features(images, mask))
         boxes = box_convert(self.boxes.weight, "cxcywh", "xyxy") * image_scale(mask)    # (B, Q, 4)
-        h, layers = self.query.weight.expand(len(images), -1, -1), []
+        h, layers = self.query.weight.expand(images.shape[0], -1, -1), []
         for stage in self.stages:
             regions = region_features(features, self.neck.strides, boxes, self.roi_size)
             h, logits, boxes = stage(h, boxes, regions)

@@ -1,8 +1,9 @@
 """convert.py beyond test_parity.py, which converts every published layout.
 
-Files, refusals, folding, evaluation, and what earlier versions converted.
+Files, refusals, folding, evaluation, what earlier versions converted, and torch.export.
 """
 import argparse
+import fractions
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from torchvision.ops import deform_conv2d
 
 import checkpoints
 import convert
+import data
 import evaluate
 import models
 import variants
@@ -83,18 +85,18 @@ def test_a_checkpoint_as_its_training_code_saved_it_needs_no_flag_in_evaluation(
     assert {d["category_id"] for d in found} <= set(convert.COCO_IDS)
 
 
+def with_outputs(weights, classifier, number):
+    """The same with a classifier cut to its first outputs."""
+    return {key: w[:number] if key.startswith(classifier) else w for key, w in weights.items()}
+
+
 @pytest.mark.parametrize("name, shortest, longest", [
     ("onenet_fcos_r50", [800], 1400),
     ("onenet_centernet_r18_nodcn", [512], 853),
 ])
 def test_crowdhumans_one_class_brings_its_test_size(name, shortest, longest):
     """COCO's classifiers cut to their first class stand for OneNet's released files."""
-    shapes = dict(reference()[name]["shapes"])
-    for key in shapes:
-        if key.startswith("head.cls_score"):
-            shapes[key] = (1, *shapes[key][1:])
-    weights = {key: value(key, shape, shapes) for key, shape in shapes.items()}
-    _, checkpoint = convert.convert(weights)
+    _, checkpoint = convert.convert(with_outputs(published_weights(name), "head.cls_score", 1))
     assert checkpoint["class_names"] == ["person"] and checkpoint["args"]["max_dets"] == 500
     assert checkpoint["test_transform"] == {"shortest": shortest, "longest": longest}
 
@@ -112,6 +114,93 @@ def test_detrs_unused_ids_stay_behind_the_classes():
         assert torch.equal(rows[[0, 11, 79]], weights[theirs][[1, 13, 90]])
         assert torch.equal(rows[80:91], weights[theirs][gaps])
         assert torch.equal(rows[91:], weights[theirs][91:])
+
+
+@pytest.mark.parametrize("name, classifier, outputs", [
+    ("onenet_centernet_r18_nodcn", "head.cls_score", 3),
+    ("d2_retinanet_r50", "head.cls_score", 27),         # nine anchors
+    ("detr_r50", "class_embed", 4),                     # and "no object"
+])
+def test_any_number_of_classes_is_converted(name, classifier, outputs):
+    weights = with_outputs(published_weights(name), classifier, outputs)
+    _, checkpoint = convert.convert(weights)
+    assert checkpoint["class_names"] == ["class 1", "class 2", "class 3"]
+    assert checkpoint["category_ids"] == [1, 2, 3]
+    assert checkpoint["args"]["data"] == "custom" and checkpoint["args"]["max_dets"] == 100
+    assert torch.equal(loaded(checkpoint).state_dict()["score.bias"], weights[f"{classifier}.bias"])
+
+
+def test_names_of_classes_come_from_a_file(onenet_r18, tmp_path, command):
+    """Also where their number is CrowdHuman's: one class is not a person then."""
+    torch.save(with_outputs(onenet_r18, "head.cls_score", 1), tmp_path / "in.pth")
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfraccoon \r\n\r\n")
+    code, _, err = command(convert, tmp_path / "in.pth", "--out", tmp_path / "ours.pt",
+                           "--classes", tmp_path / "names.txt")
+    checkpoint = torch.load(tmp_path / "ours.pt", weights_only=True)
+    assert code == 0 and not err and checkpoint["class_names"] == ["raccoon"]
+    assert checkpoint["args"]["data"] == "custom"
+    assert checkpoint["test_transform"] == {"shortest": [512], "longest": 853}
+
+
+@pytest.mark.parametrize("names, words", [
+    (b"cat\ndog", "with 1 classes, but --classes names 2"),
+    (b"cat\ncat", "names cat twice"),
+    (b"cat\xff", "UTF-8"),
+    (None, "check the path"),
+])
+def test_names_that_do_not_fit_are_refused(onenet_r18, tmp_path, command, names, words):
+    torch.save(with_outputs(onenet_r18, "head.cls_score", 1), tmp_path / "in.pth")
+    if names:
+        (tmp_path / "names.txt").write_bytes(names)
+    code, _, err = command(convert, tmp_path / "in.pth", "--out", tmp_path / "ours.pt",
+                           "--classes", tmp_path / "names.txt")
+    assert code == 2 and err.count("\n") == 1 and words in err
+    assert not (tmp_path / "ours.pt").exists()
+
+
+def test_cocos_91_outputs_are_91_classes_where_they_are_named():
+    names = [f"kind {n}" for n in range(91)]
+    _, checkpoint = convert.convert(published_weights("detr_r50"), names=names)
+    assert checkpoint["class_names"] == names and "unused_ids" not in checkpoint["build"]
+
+
+WEIGHTS = {"backbone.conv1.weight": torch.ones(2, 3), "head.cls_conv_module.0.bias": torch.ones(4)}
+AVERAGE = {key: w / 2 for key, w in WEIGHTS.items()}
+
+
+def behind(prefix, weights):
+    return {prefix + key: w for key, w in weights.items()}
+
+
+@pytest.mark.parametrize("content", [
+    WEIGHTS,
+    behind("module.", WEIGHTS),
+    behind("_orig_mod.", WEIGHTS),
+    behind("module._orig_mod.model.module.", WEIGHTS),
+    {key.replace(".", "._orig_mod.", 1): w for key, w in WEIGHTS.items()},      # parts compiled
+    {"state_dict": behind("model.", WEIGHTS), "epoch": 3},                      # Lightning's
+    {"model": {"state_dict": WEIGHTS}},
+    {"state_dict": {"model": WEIGHTS}, "best": torch.ones(1)},
+    {"model": {"name": "fcos", "depth": 50}, "state_dict": WEIGHTS},
+    {"model": None, "ema": WEIGHTS},
+    {"ema": {"module": behind("module.", WEIGHTS), "decay": 0.999}, "optimizer": {"state": {}}},
+    {"model_ema": WEIGHTS},
+    {"ema_state_dict": WEIGHTS},
+    {"state_dict_ema": WEIGHTS},
+    {"ema_model": {"model": WEIGHTS}},
+    {"model_ema_state_dict": WEIGHTS, "optimizer": {"model": AVERAGE}},
+    {"ema": AVERAGE, "model": WEIGHTS},                                         # not the average
+])
+def test_weights_are_found_wherever_a_training_code_puts_them(content, tmp_path):
+    torch.save(content, tmp_path / "x.pth")
+    assert same(convert.read(tmp_path / "x.pth"), WEIGHTS)
+
+
+def test_a_file_that_holds_itself_ends(tmp_path):
+    content = {"ema": {}}
+    content["model"] = content["ema"]["module"] = content
+    torch.save(content, tmp_path / "x.pth")
+    assert convert.read(tmp_path / "x.pth") == {}
 
 
 def test_cocos_classes_are_ranks_of_their_ids():
@@ -155,6 +244,38 @@ def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(tmp_path, monkeypa
     code, _, err = command(convert, name, "--out", "out.pt")
     assert code == 2 and err.count("\n") == 1 and "refused" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == [name]
+
+
+@pytest.mark.parametrize("content, named", [
+    ({"model": WEIGHTS, "best": np.float64(40.1)}, "multiarray.scalar"),
+    ({"model": WEIGHTS, "lr": fractions.Fraction(1, 2)}, "fractions.Fraction"),
+    ({"model": torch.nn.Linear(1, 1)}, "torch.nn.modules.linear.Linear"),
+])
+def test_what_is_no_tensor_is_refused_by_name(tmp_path, command, content, named):
+    torch.save(content, tmp_path / "x.pth")
+    code, _, err = command(convert, tmp_path / "x.pth", "--out", tmp_path / "out.pt")
+    assert code == 2 and err.count("\n") == 1 and "refused" in err and named in err
+
+
+def test_an_array_of_words_is_refused_by_name(tmp_path, command):
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": np.zeros(2), "b": np.array(["x"])}, 2))
+    code, _, err = command(convert, tmp_path / "x.pkl", "--out", tmp_path / "out.pt")
+    assert code == 2 and err.count("\n") == 1 and "entry b is no tensor" in err
+
+
+def test_two_models_in_one_dict_are_refused(tmp_path, command):
+    torch.save({**WEIGHTS, **behind("module.", AVERAGE)}, tmp_path / "x.pth")
+    code, _, err = command(convert, tmp_path / "x.pth", "--out", tmp_path / "out.pt")
+    assert code == 2 and err.count("\n") == 1
+    assert "backbone.conv1.weight twice, once as module.backbone.conv1.weight" in err
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5, 0), (9 * 91 + 1,)])
+def test_a_classifier_of_any_shape_ends_in_a_sentence(detectron2, tmp_path, command, shape):
+    weights = {k: torch.zeros(shape) if "cls_score" in k else w for k, w in detectron2.items()}
+    torch.save(weights, tmp_path / "x.pth")
+    code, _, err = command(convert, tmp_path / "x.pth", "--out", tmp_path / "out.pt")
+    assert code == 2 and err.count("\n") == 1 and "x.pth: " in err
 
 
 def test_keys_that_are_missing_left_over_or_of_another_shape_are_all_listed(detectron2):
@@ -444,3 +565,106 @@ def test_a_two_stage_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_pat
                tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="last.pt: two-stage Deformable DETR is not support"):
         checkpoints.load(tmp_path / "last.pt")
+
+
+# ------------------------------------------------------------------------------------------------
+# torch.export
+# ------------------------------------------------------------------------------------------------
+
+SIDE = 64                       # pixels
+POINTS = {"width": 32, "depth": 1, "extra_levels": 0}
+QUERIES = {"width": 32, "heads": 4, "hidden": 48, "queries": 12}
+SMALL = {
+    "retinanet": POINTS,
+    "centernet": {"neck_widths": (16, 16, 16)},
+    "fcos": POINTS,
+    "detr": {**QUERIES, "layers": 1},
+    "deformable-detr": {**QUERIES, "layers": 2, "levels": 2, "refine": True},
+    # proposals of more than one level after the first stage
+    "sparse-rcnn": {**QUERIES, "layers": 2, "dynamic": 8, "roi_size": 32},
+}
+
+
+def saved_detector(file, detector, original=False, transform=None):
+    """A detector that is sure of some things, and its checkpoint in a file."""
+    build = {"detector": detector, "num_classes": 3, "backbone": "tiny", "original": original,
+             **SMALL[detector]}
+    model = checkpoints.build(**build).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    for name, p in model.named_parameters():
+        if name.startswith("score") and name.endswith("bias"):
+            p.zero_()
+    torch.save({"build": build, "model": model.state_dict(), "class_names": ["a", "b", "c"],
+                "test_transform": transform or {"shortest": [SIDE], "longest": SIDE}, "args": {}},
+               file)
+    return model
+
+
+@pytest.mark.parametrize("detector, original", [
+    *((name, False) for name in SMALL), *((name, True) for name in SMALL if name in models.DENSE)])
+def test_an_exported_detector_gives_what_evaluation_sees(detector, original, tmp_path, command):
+    """Boxes to 1e-4 of the side; the best scores of batches of 1, 2 and 3, to 1e-4."""
+    model = saved_detector(tmp_path / "last.pt", detector, original)
+    code, _, err = command(convert, "--export", tmp_path / "out.pt2",
+                           "--weights", tmp_path / "last.pt")
+    assert code == 0 and not err
+    extra = {"classes.json": ""}
+    program = torch.export.load(tmp_path / "out.pt2", extra_files=extra).module()
+    assert json.loads(extra["classes.json"]) == ["a", "b", "c"]
+
+    for number in (1, 2, 3):
+        images = torch.randint(0, 256, (number, 3, SIDE, SIDE), dtype=torch.uint8)
+        expected = model(images, torch.zeros(number, SIDE, SIDE, dtype=torch.bool))
+        boxes, scores = program(images.float())
+        assert boxes.dtype == scores.dtype == torch.float32
+        assert boxes.shape == expected.boxes.shape and scores.shape == (*boxes.shape[:2], 3)
+        assert (boxes - expected.boxes).abs().max() < 1e-4 * SIDE
+        for n in range(number):
+            found, best, labels = model.detections(expected.image(n), k=1)["plain"]
+            q, label = divmod(int(scores[n].argmax()), 3)
+            assert abs(scores[n].max() - best[0]) < 1e-4 and label == labels[0]
+            assert (boxes[n, q] - found[0]).abs().max() < 1e-4 * SIDE
+
+
+def test_scores_of_outputs_that_are_no_class_are_left_out():
+    """DETR's softmax goes over all five outputs: the classes, an id of no class, "no object"."""
+    one = models.Prediction(torch.tensor([[[1.0, 2.0, 3.0, 2.0, 0.0]]]).log(), torch.zeros(1, 1, 4))
+    options = {"unused_ids": 1, "width": 32, "heads": 4, "layers": 1, "queries": 1}
+    detr = checkpoints.build("detr", 3, "tiny", **options)
+    assert torch.allclose(detr.scores(one), torch.tensor([[[0.125, 0.25, 0.375]]]))
+    detr = checkpoints.build("deformable-detr", 3, "tiny", **{**options, "unused_ids": 2})
+    assert torch.allclose(detr.scores(one), torch.tensor([[[1 / 2, 2 / 3, 3 / 4]]]))
+
+
+def test_the_size_to_export_for():
+    """Given, or the only one that evaluation makes; a multiple of the detector's divisor."""
+    def size(shortest, longest, given=None, divisor=32):
+        return convert.picture_size(data.Transform(shortest, longest), given, divisor)
+
+    assert list(size([128], 128)) == [128, 128]
+    assert list(size([800], 1333, [800, 1344])) == [800, 1344]
+    assert list(size([800], 1333, [799, 1333], divisor=1)) == [799, 1333]
+    for wrong in ([800, 1333], [0, 32], [-32, 32], [32, 32 * 10 ** 9]):
+        with pytest.raises(CheckpointError, match="multiples of 32"):
+            size([800], 1333, wrong)
+    for shortest, longest in ([800], 1333), ([], 10 ** 9), ([96, 128], 128):
+        with pytest.raises(CheckpointError, match="give --size HEIGHT WIDTH"):
+            size(shortest, longest)
+
+
+def test_export_refuses_in_one_sentence(tmp_path, command):
+    saved_detector(tmp_path / "last.pt", "fcos", transform={"shortest": [64], "longest": 96})
+    export = "--export", tmp_path / "out.pt2"
+    weights = "--weights", tmp_path / "last.pt"
+    (tmp_path / "there.pt2").write_text("mine")
+    for flags, words in [((*export, *weights), "--size HEIGHT WIDTH"),
+                         ((*export, "--weights", tmp_path / "no.pt"), "check the path"),
+                         (("--export", tmp_path / "there.pt2", *weights), "exists already")]:
+        code, _, err = command(convert, *flags)
+        assert code == 2 and err.count("\n") == 1 and words in err
+    for flags in [export, weights, (*export, *weights, "--classes", "names.txt"),
+                  (*export, *weights, "--out", "out.pt"), ("in.pth",), ("in.pth", *export)]:
+        code, _, err = command(convert, *flags)
+        assert code == 2 and err.endswith("or --export OUT.pt2 --weights F (and --size)\n")
+    assert not (tmp_path / "out.pt2").exists()
