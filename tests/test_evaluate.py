@@ -196,6 +196,70 @@ def test_the_summary_line_holds_the_two_columns_and_their_difference():
     assert line == "AP 33.6   AP(+NMS) 36.8 (+3.2)   AP50 51.2   AP50(+NMS) 50.0 (-1.2)"
 
 
+def test_a_printed_difference_is_that_of_the_printed_figures():
+    """Unrounded they are +3.6 and -0.4."""
+    line = evaluate.describe({"AP": 60.46, "AP50": 88.14, "nms": {"AP": 60.04, "AP50": 91.76}})
+    assert line == "AP 60.5   AP(+NMS) 60.0 (-0.5)   AP50 88.1   AP50(+NMS) 91.8 (+3.7)"
+    line = evaluate.describe({"AP": 60.04, "AP50": 88.0, "nms": {"AP": 59.96, "AP50": 88.04}})
+    assert "(+0.0)   AP50" in line and line.endswith("(+0.0)")
+
+
+# ------------------------------------------------------------------------------------------------
+# class by class
+# ------------------------------------------------------------------------------------------------
+
+def classes_of(truth, found, max_dets=100):
+    gt = evaluate.coco_object(truth["images"], truth["categories"], truth["annotations"])
+    return evaluate.class_figures(evaluate.coco_run(gt, found, max_dets))
+
+
+@pytest.mark.parametrize("max_dets", [100, 3])
+def test_figures_of_a_class_are_pycocotools_on_that_class_alone(max_dets):
+    """The best F1 too: of all thresholds the best, each counted by pycocotools anew."""
+    truth, found = random_case(1)
+    for category in (3, 7, 20):
+        gt = evaluate.coco_object(truth["images"], truth["categories"], truth["annotations"])
+        of_class = [d for d in found if d["category_id"] == category]
+
+        def run(threshold):
+            boxes = [{**d, "id": n + 1, "iscrowd": 0, "area": d["bbox"][2] * d["bbox"][3]}
+                     for n, d in enumerate(of_class) if d["score"] >= threshold]
+            dt = evaluate.coco_object(truth["images"], truth["categories"], boxes)
+            judge = COCOeval(gt, dt, "bbox")
+            judge.params.catIds, judge.params.maxDets = [category], [max_dets]
+            with contextlib.redirect_stdout(io.StringIO()):
+                judge.evaluate()
+                judge.accumulate()
+            return judge
+
+        def f1(threshold):
+            pictures = [p for p in run(threshold).evalImgs[:12] if p]     # the range "all"
+            objects = sum((~p["gtIgnore"].astype(bool)).sum() for p in pictures)
+            counts = [~p["dtIgnore"][0].astype(bool) for p in pictures]
+            true = sum((p["dtMatches"][0][c] > 0).sum() for p, c in zip(pictures, counts))
+            return 200 * true / (objects + sum(c.sum() for c in counts))
+
+        ours = classes_of(truth, found, max_dets)[f"class {category}"]
+        precision = run(0).eval["precision"][:, :, :, 0]
+        assert ours["AP"] == pytest.approx(100 * precision.mean(), abs=1e-3)
+        assert ours["AP50"] == pytest.approx(100 * precision[0].mean(), abs=1e-3)
+        assert ours["F1"] == pytest.approx(f1(ours["score"]), abs=1e-3)
+        some = [d["score"] for d in of_class][::5]
+        assert all(f1(score) <= ours["F1"] + 1e-3 for score in some) and 20 < ours["F1"] < 100
+
+
+def test_classes_without_objects_or_of_one_name():
+    truth = ground_truth([(1, 1, (10, 10, 50, 50))], category_ids=(1, 2, 3))
+    for category, name in zip(truth["categories"], ("ant", "bee", "bee")):
+        category["name"] = name
+    found = [detection((10, 10, 50, 50), 0.9), detection((10, 10, 50, 50), 0.9, category=2)]
+    ours = classes_of(truth, found)
+    assert ours == {
+        "ant": {"objects": 1, "AP": 100, "AP50": 100, "F1": 100, "score": 0.9},
+        "bee (2)": {"objects": 0, "AP": -1, "AP50": -1, "F1": -1, "score": None},
+        "bee (3)": {"objects": 0, "AP": -1, "AP50": -1, "F1": -1, "score": None}}
+
+
 # ------------------------------------------------------------------------------------------------
 # a pass over pictures
 # ------------------------------------------------------------------------------------------------
@@ -355,6 +419,32 @@ def test_a_checkpoint_is_scored_on_the_data_it_was_validated_on(tiny_scenes, tmp
     assert code == 0 and out.startswith("AP "), err
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert 0 < len(found) <= 7 * 7                      # 7 pictures
+
+    # a folder means its last.pt
+    code, out, err = command(evaluate, "--weights", weights.parent, "--device", "cpu",
+                             "--per-class")
+    assert code == 0, err
+    figures_of = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(figures_of["classes"]) == list(figures_of["nms"]["classes"]) == classes
+    for line, name in zip(out.splitlines()[2:], classes):
+        count = sum(a["category_id"] == truth["categories"][classes.index(name)]["id"]
+                    for a in truth["annotations"])
+        assert line.split()[:2] == [name, str(count)]
+
+
+@pytest.mark.parametrize("words, told", [
+    ([], "give --weights"), (["--weights", "nowhere"], "nowhere: cannot be read"),
+    (["--weights", "."], "last.pt: cannot be read"), (["nms"], "nms wants --weights"),
+    (["nms", "--weights", "nowhere"], "nowhere: cannot be read"),
+    (["annotations"], "--data crowd"),
+    (["--weights", "untrained.pt"], "untrained.pt: not a checkpoint of train.py"),
+])
+def test_nothing_is_drawn_that_nobody_asked_for(tmp_path, monkeypatch, command, words, told):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"a": torch.zeros(1)}}, "untrained.pt")
+    code, _, err = command(evaluate, *words)
+    assert code == 2 and told in err
+    assert [p.name for p in tmp_path.iterdir()] == ["untrained.pt"]
 
 
 @pytest.mark.parametrize("data_set, given, at_once", [
