@@ -22,7 +22,6 @@ import io
 import json
 import pickle
 import re
-import sys
 import warnings
 from pathlib import Path
 
@@ -628,16 +627,13 @@ def main():
                      "F (and --size)")
 
     source, out = (args.file, args.out) if converting else (args.weights, args.export)
-    try:
+    with runs.faults_told("convert.py", CheckpointError):
         if Path(out).exists():
             raise CheckpointError(f"{out}: exists already; choose another name")
         if converting:
             said = convert_file(source, out, args.resnet, args.classes)
         else:
             said = export_file(source, out, args.size)
-    except (CheckpointError, OSError) as error:
-        print(f"convert.py: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"{source}: {said} -> {out}")
 
 

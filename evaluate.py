@@ -554,7 +554,7 @@ def add_checkpoint_flags(parser, out):
     g.add_argument("--batch-size", type=int, metavar="N",
                    help="pictures at a time, of each process (default: 1, as published, of scenes "
                         "and crowd 16); where their sizes differ, more than 1 changes the figures")
-    g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda if there is one)")
     g.add_argument("--precision", choices=("fp32", "bf16"),
                    help="bf16 runs the network in bfloat16 (default: as it was trained)")
     g.add_argument("--workers", type=int, metavar="N",

@@ -569,7 +569,7 @@ def add_detections(commands):
                    help="what scores less is left out (default: 0.3; evaluate.py --per-class "
                         "tells what is best)")
     c.add_argument("--nms", action="store_true", help="with NMS")
-    c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    c.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda if there is one)")
 
 
 def run_detections(args):

@@ -355,7 +355,7 @@ def add_run_flags(g):
                    "from --init keep all but their classification sub-net, which starts anew and "
                    "learns alone (Observation 4.1)")
     g.add_argument("--seed", **N, help="of weights, order and augmentation (default 0)")
-    g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda if there is one)")
     g.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="bf16 runs the network in "
                    "bfloat16, costs and losses stay float32; auto: bf16 where the device computes "
                    "in it natively (scenes, custom: auto; coco: fp32, as published)")

@@ -268,8 +268,11 @@ class Log:
 def random_states(device):
     """The states of every generator that training draws from, as plain values and tensors."""
     states = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.device(device).type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
+    elif kind == "mps":
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -277,8 +280,11 @@ def set_random_states(states, device):
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.device(device).type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+    elif kind == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
 
 
 def own_share(shares, process):
