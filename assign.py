@@ -167,9 +167,10 @@ def hungarian(cost):
     """
     # Each object's G cheapest predictions are enough, and the answer stays exact: were an object
     # given another one, one of those G would be free, as the others use at most G - 1, and cost no
-    # more.  scipy wants float64, which Apple's GPUs do not know: it is made on the host.
+    # more.  Values and row numbers travel to the host in one copy; float32 holds rows exactly up to
+    # 2^24.  scipy wants float64, which Apple's GPUs do not know: it is made on the host.
     values, rows = cost.topk(min(cost.shape), dim=0, largest=False)          # (min(Q, G), G)
-    values, rows = values.cpu().double().numpy(), rows.cpu().numpy()
+    values, rows = torch.stack([values, rows.to(values)]).cpu().double().numpy()
     used = np.unique(rows)
 
     # scipy cannot leave an object without a prediction: a forbidden pair is dearer than any set of
