@@ -184,7 +184,8 @@ def test_the_annotation_boxes_are_put_through_nms_and_remembered(tmp_path, comma
     flags = {"data": "crowd", "data_dir": str(tmp_path / "crowd"), "drop_bad_boxes": False}
     args = argparse.Namespace(out=tmp_path, data="crowd", collect=False)
     recall = tables.boxes_recall(args, flags)["recall"].mean
-    _, said, _ = command(evaluate, "annotations", "--data-dir", flags["data_dir"])
+    _, said, _ = command(evaluate, "annotations", "--data", "crowd",
+                         "--data-dir", flags["data_dir"])
     assert f"IoU 0.50 keeps {recall:6.2f}%" in said and 80 < recall < 100
     args.collect = True
     assert tables.boxes_recall(args, {})["recall"].mean == recall
