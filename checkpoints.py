@@ -165,9 +165,10 @@ def check_layout(checkpoint, file, layout):
                               f"its detector")
     with understood(file):
         transform = data.Transform(**checkpoint["test_transform"])
-        if not all(type(side) is int and side > 0
-                   for side in (*transform.shortest, transform.longest)):
-            raise CheckpointError(f"{file}: {DAMAGED}: its test_transform holds no sizes")
+        numbers = *transform.shortest, transform.longest, checkpoint["args"].get("max_dets", 100)
+        if not all(type(number) is int and number > 0 for number in numbers):
+            raise CheckpointError(f"{file}: {DAMAGED}: the sizes of its test_transform, or its "
+                                  f"max_dets, are no whole numbers above 0")
 
 
 def read_run(file):

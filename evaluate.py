@@ -33,6 +33,7 @@ import data
 import duplicates
 import figures
 import models
+import recipes
 import runs
 
 
@@ -459,7 +460,7 @@ def run_nms(args):
 def checkpoint_results(args):
     """What `detect` finds with a checkpoint, the Annotations it is judged by, and max_dets."""
     model, checkpoint = checkpoints.load(args.weights)
-    trained = checkpoint["args"]
+    trained = recipes.saved_flags(checkpoint, args.weights)
     device = runs.usable_device(args.device)
 
     # the data it was validated on, unless other data are named

@@ -409,6 +409,10 @@ class Detector(nn.Module):
         found = self.detections(prediction.image(0), k)["nms" if nms else "plain"]
         return tuple(part.cpu() for part in to_original(found, targets[0]))
 
+    def scores(self, prediction):
+        """How sure it is of each class: (Q, C) of an image's Prediction, (B, Q, C) of a batch's."""
+        return prediction.logits.sigmoid()
+
     def detections(self, one, k=100, nms=0.5):
         """The k best (prediction, class) pairs of one image's Prediction, without and with NMS.
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import checkpoints
+import evaluate
 import train
 from test_runs import small_files                                    # noqa: F401 (a fixture)
 from test_train import ROOT, fails, flags, rows, same, weights       # noqa: F401 (a fixture)
@@ -208,6 +209,7 @@ DAMAGE = {
     "args of another type": {"args": [1, 2]},
     "a flag of another type": {"args": {"width": [16, 16]}},
     "a flag in words": {"args": {"lr": "fast"}},
+    "detections in words": {"args": {"max_dets": "many"}},
     "a choice that is none": {"args": {"detector": "yolo"}},
     "another build": {"build": {"width": 24}},
     "an option in words": {"build": {"depth": "deep"}},
@@ -227,12 +229,16 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_checkpoint_that_is_no_sound_one_is_told_in_a_line(good, tmp_path, fails, damage):
+def test_a_checkpoint_that_is_no_sound_one_is_told_in_a_line(
+        good, tmp_path, fails, command, damage):
     content = dict(good)
     for name, value in damage.items():
         content[name] = {**good[name], **value} if isinstance(value, dict) else value
     torch.save(content, tmp_path / "last.pt")
     fails(["--resume", "--out", str(tmp_path)], "last.pt: ", checkpoints.DAMAGED)
+    if not damage.keys() & {"optimizer", "step", "random", "buffers", "watch"}:
+        code, _, said = command(evaluate, "--weights", tmp_path)
+        assert code == 2 and checkpoints.DAMAGED in said and said.count("\n") == 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.pt"] or \
         torch.load(tmp_path / "last.pt", weights_only=True)["step"] == good["step"]
 
