@@ -74,7 +74,8 @@ def save_whole(content, file):
 
 def weights_file(given):
     """The file that --weights, --init or another such flag names: a folder means its last.pt."""
-    return Path(given) / "last.pt" if Path(given).is_dir() else Path(given)
+    named = isinstance(given, (str, os.PathLike))        # else it is an open file
+    return Path(given) / "last.pt" if named and Path(given).is_dir() else given
 
 
 def read(file, harmless=()):
