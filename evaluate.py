@@ -429,8 +429,8 @@ def run_annotations(args):
 
 
 def run_nms(args):
-    folder = Path(args.out or (checkpoints.weights_file(args.weights) if args.weights
-                               else Path(args.dt)).parent)
+    beside = Path(checkpoints.weights_file(args.weights) if args.weights else args.dt).parent
+    folder = Path(args.out or beside)
     if args.weights:
         results, truth, max_dets = checkpoint_results(args)
         detections = results["plain"]
@@ -451,8 +451,7 @@ def run_nms(args):
     print(f"{describe_diagnosis(found)}\n{found['verdict']}")
     folder.mkdir(parents=True, exist_ok=True)
     runs.write_json(folder / "nms.json", found, indent=1)
-    title = (figures.row_name(checkpoints.weights_file(args.weights).parent) if args.weights
-             else Path(args.dt).name)
+    title = figures.row_name(beside) if args.weights else Path(args.dt).name
     figures.nms_curves({title: found}, folder / "nms.png")
     print(f"wrote {folder / 'nms.json'} and {folder / 'nms.png'}")
 
