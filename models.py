@@ -499,7 +499,7 @@ class RetinaNet(Detector):
         logits, deltas, anchors = [], [], []
         features = self.neck(self.features(images, mask))
         for x, stride in zip(features, self.strides):                         # (B, width, H, W)
-            B = x.shape[0]
+            B = x.shape[0]                      # len(x) is a constant to torch.export
             score = self.score(self.class_tower(x)).float().permute(0, 2, 3, 1)
             delta = self.delta(self.box_tower(x)).float().permute(0, 2, 3, 1)
             anchors.append(self.anchors(x, stride, images))                   # (9HW, 4)

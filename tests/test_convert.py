@@ -579,7 +579,7 @@ SMALL = {
     "centernet": {"neck_widths": (16, 16, 16)},
     "fcos": POINTS,
     "detr": {**QUERIES, "layers": 1},
-    "deformable-detr": {**QUERIES, "layers": 2, "levels": 2, "refine": True},
+    "deformable-detr": {**QUERIES, "layers": 2, "levels": 1, "refine": True},
     # proposals of more than one level after the first stage
     "sparse-rcnn": {**QUERIES, "layers": 2, "dynamic": 8, "roi_size": 32},
 }
