@@ -418,7 +418,7 @@ class Detector(nn.Module):
 
         As OneNet's code: no threshold, and NMS among those k.
         """
-        plain = top_k(one.boxes, self.scores(one), k)
+        plain = top_k(one.boxes, one.logits.sigmoid(), k)
         return {"plain": plain, "nms": with_nms(*plain, nms, k)}
 
 
@@ -517,7 +517,7 @@ class OriginalRetinaNet(RetinaNet):
     init, tower_bias = staticmethod(small_normal), True
 
     def detections(self, one, k=100):
-        scores = self.scores(one)
+        scores = one.logits.sigmoid()
         return candidate_detections(one, scores, scores > 0.05, k, nms=0.5)
 
 
@@ -701,7 +701,7 @@ class OriginalCenterNet(Detector):
 
     def detections(self, one, k=100):
         """Its "NMS" keeps the cells that are the maximum of their 3x3 neighbours, per class."""
-        scores = self.scores(one)                                             # (HW, C)
+        scores = one.logits.sigmoid()                                         # (HW, C)
         heat = scores.mT.unflatten(1, one.raw["heat"].shape[1:])[None]        # (1, C, H, W)
         peak = (F.max_pool2d(heat, 3, 1, 1) == heat)[0].flatten(1).mT         # (HW, C)
         plain = top_k(one.boxes, scores, k)
