@@ -567,7 +567,9 @@ def test_a_broken_strategy_is_told_what_is_wrong(sentence):
 def test_the_readmes_example_keeps_the_contract(tmp_path):
     """What a student copies first must pass the test that the README tells to run next."""
     readme = (ROOT / "README.md").read_text()
-    (tmp_path / "my.py").write_text(readme.split("```python\n")[1].split("```")[0])
+    (example,) = [block.split("```")[0] for block in readme.split("```python\n")
+                  if block.startswith("# my.py")]
+    (tmp_path / "my.py").write_text(example)
     mine = assign.load_strategy(f"{tmp_path}/my.py:greedy")
     for Q, G, forbidden in itertools.product((0, 1, 9), (0, 1, 5, 12), (0.0, 0.4, 1.0)):
         prediction, object_ = check_contract(mine, random_cost(Q, G, forbidden))

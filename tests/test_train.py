@@ -430,7 +430,7 @@ def test_a_single_gpu_is_named_by_its_index(tiny_scenes, tmp_path, monkeypatch):
         named.append(process.device)
         sys.exit(0)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train.runs, "usable_device", lambda name: name or "cuda")
     monkeypatch.setattr(torch.cuda, "set_device", named.append)
     monkeypatch.setattr(train, "train", begin)
     arguments = flags(tiny_scenes, out=tmp_path / "run")
