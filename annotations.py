@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 from array import array
 from collections import Counter
@@ -178,7 +179,7 @@ def cut(x, y, w, h, height, width):
 
 def require_folder(image_dir):
     if image_dir is not None and not Path(image_dir).is_dir():
-        raise DataError(f"{image_dir}: no such folder of pictures; check --images (or --data-dir)")
+        raise DataError(f"{image_dir}: no such folder of pictures; check the path")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -269,8 +270,8 @@ def coco_picture(image, image_dir, faults):
     where, name = f"image {plain(image['id'])!r}", below(image.get("file_name"), image_dir)
     if name is None:
         faults.add("bad file name",
-                   f"{where}: file_name {image.get('file_name')!r} is missing or leaves the image "
-                   f"folder; give a path below --images")
+                   f"{where}: file_name {image.get('file_name')!r} is missing or leads out of the "
+                   f"folder of pictures; give the part below that folder")
         return None
     path = Path(image_dir) / name
     size = image.get("height"), image.get("width")
@@ -568,9 +569,9 @@ def read_annotations(file, image_dir, drop_bad_boxes=False, cache=None, drop_bad
     dropped = [f for f in faults if f.box and drop_bad_boxes]
     for f in faults:
         if not (f.box and drop_bad_boxes):
-            raise DataError(f"{f.text}; `python annotations.py check --json {file} "
-                            f"--images {image_dir}` lists all of its {len(faults)} fault(s), "
-                            f"--drop-bad leaves out what is at fault")
+            paths = f"--json {shlex.quote(str(file))} --images {shlex.quote(str(image_dir))}"
+            raise DataError(f"{f.text}; `python annotations.py check {paths}` lists all of its "
+                            f"{len(faults)} fault(s), --drop-bad leaves out what is at fault")
     if dropped:
         print(f"{file}: dropped {len(dropped)} bad box(es), the first: {dropped[0].text}",
               file=sys.stderr)
@@ -617,9 +618,10 @@ def with_classes(annotations, class_names):
         return annotations
     unknown = [name for name in annotations.class_names if name not in class_names]
     if unknown:
-        raise DataError(f"{annotations.json_file}: its classes {', '.join(map(repr, unknown))} are "
-                        f"not among those trained, {class_names}; evaluate on data with the same "
-                        f"classes")
+        known, unknown = (", ".join(map(repr, names)) for names in (class_names, unknown))
+        raise DataError(f"{annotations.json_file}: the detector does not know its class(es) "
+                        f"{unknown}, only {known}; take them out of it, or train with a file that "
+                        f"lists them")
     places = [class_names.index(name) for name in annotations.class_names]
     category_ids = [None] * len(class_names)
     for place, category in zip(places, annotations.category_ids):

@@ -198,7 +198,7 @@ def draw_band(plot, lines, style, label):
     steps, values = lines[0][0][known], smooth(values[:, known])
     if not len(steps):
         return
-    dot = {"marker": "o" if style[2:] == "-" else "_", "markersize": 12} if len(steps) == 1 else {}
+    dot = {"marker": "o" if style[2:] == "-" else "_", "markersize": 6} if len(steps) == 1 else {}
     plot.plot(steps, values.mean(0), style, linewidth=1.5, label=label, **dot)
     if len(lines) > 1:
         plot.fill_between(steps, values.min(0), values.max(0), color=style[:2], alpha=0.15)

@@ -84,8 +84,9 @@ def load_picture(path, height=None, width=None, image_id=None):
     except FileNotFoundError:
         raise DataError(f"{which}: the picture does not exist; check the image folder") from None
     except Exception as error:                      # Pillow raises many kinds
+        instead = "" if image_id is None else " or take it out of the JSON (--drop-bad does)"
         raise DataError(f"{which}: the picture cannot be decoded ({reason(error)}); "
-                        f"fetch it again or take it out of the JSON (--drop-bad does)") from None
+                        f"fetch it again{instead}") from None
     if height is not None and picture.size != (width, height):
         raise DataError(f"{which}: the picture is {picture.width} x {picture.height} "
                         f"(width x height, after its EXIF rotation) but the JSON says "

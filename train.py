@@ -284,9 +284,14 @@ def open_folder(flags, checkpoint, given, train_pictures, process):
     process.say(recipes.headline(flags, len(classes), len(classes.class_names)))
     words = [" ".join([recipes.flag(name), *map(str, value if type(value) is list else [value])])
              for name, value in given.items()]
-    process.say(f"  given: {'  '.join(words) or 'no flags, all as the recipe has it (--help)'}")
-    process.say(f"  writing to {out}" + (f", going on from step {checkpoint['step']}" if checkpoint
-                                         else ""))
+    if not checkpoint:
+        process.say(f"  given: {'  '.join(words) or 'no flags, all as the recipe has it (--help)'}")
+        process.say(f"  writing to {out}")
+    else:
+        process.say(f"  given now: {'  '.join(words) or 'no flags'}; the others from {out}/last.pt")
+        left = flags["steps"] - checkpoint["step"]
+        process.say(f"  writing to {out}, going on from step {checkpoint['step']}"
+                    + ("" if left else ", the last: it is evaluated again"))
     if checkpoint and len(checkpoint["buffers"]) != process.world:
         before = len(checkpoint["buffers"])
         process.say(f"  with {process.world} process(es), before with {before}: each step sees the "
