@@ -482,17 +482,19 @@ def saved_flags(checkpoint, file):
     They are put to the parser once more: what no command line could say, no run has said.  A flag
     that is no more is left out, one that was not yet gets its default.
     """
-    known, words, exact = vars(make_parser().parse_args([])), [], {}
+    parser = make_parser()
+    known, words, exact = vars(parser.parse_args([])), [], {}
     for name, value in checkpoint["args"].items():
+        if name == "resume" or name not in known and not name.endswith("_sha256"):
+            continue
         if name.endswith("_sha256") or type(value) is bool or value == []:
             exact[name] = value
-        elif type(value) is list:
-            words += [flag(name), *map(str, value)] if name in known else []
-        elif value is not None and name in known and name not in ("resume", "init"):
-            words.append(f"{flag(name)}={value}")
+        elif value is not None:
+            words += ([flag(name), *map(str, value)] if type(value) is list
+                      else [f"{flag(name)}={value}"])
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            parsed = vars(make_parser().parse_args(words))
+            parsed = vars(parser.parse_args(words))
     except SystemExit:
         raise checkpoints.CheckpointError(f"{file}: {checkpoints.DAMAGED}: its flags are none of "
                                           f"train.py") from None

@@ -243,6 +243,18 @@ def test_a_checkpoint_that_is_no_sound_one_is_told_in_a_line(
         torch.load(tmp_path / "last.pt", weights_only=True)["step"] == good["step"]
 
 
+def test_what_a_run_started_from_is_remembered(good, tiny_scenes, tmp_path, interrupted):
+    """--init and --freeze: without --init, --freeze would be refused on resume."""
+    torch.save(good, tmp_path / "start.pt")
+    interrupted([*flags(tiny_scenes, out=tmp_path / "run", init=tmp_path / "start.pt",
+                        freeze="location")], at=3)
+    train.main(["--resume", "--out", str(tmp_path / "run")])
+    saved = weights(tmp_path / "run")
+    assert saved["step"] == 8
+    assert saved["args"]["init"] == str(tmp_path / "start.pt")
+    assert saved["args"]["freeze"] == "location"
+
+
 def test_a_flag_out_of_its_range_is_told_as_on_the_command_line(good, tmp_path, fails):
     torch.save({**good, "args": {**good["args"], "batch_size": -4}}, tmp_path / "last.pt")
     fails(["--resume", "--out", str(tmp_path)], "--batch-size -4")
