@@ -42,6 +42,8 @@ def draw_boxes(picture, boxes, labels, class_names, scores=None, side=384):
         x1, y1, x2, y2 = (v * factor for v in boxes[n])
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=line)
 
+        if not text:
+            continue
         # the name inside the box's corner, pushed back where it would leave the picture
         width, height = pen.textlength(text, font), sum(font.getmetrics())
         x = max(0, min(x1 + line + 1, size[0] - width - 1))
