@@ -66,10 +66,7 @@ def save_whole(content, file):
     # in memory first: torch.save itself has no word for a full disk
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with runs.whole(file) as temporary, open(temporary, "wb") as stream:
-        stream.write(buffer.getbuffer())
-        stream.flush()
-        os.fsync(stream.fileno())
+    runs.write_whole(file, buffer.getbuffer())
 
 
 def weights_file(given):

@@ -32,6 +32,7 @@ import data
 import models
 import runs
 from checkpoints import CheckpointError
+from pictures import DataError, read_text
 
 # COCO's 80 classes: the ids in use (10 of 1 ... 90 are not), and the names of its files
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
@@ -287,12 +288,9 @@ def innermost(checkpoint, depth=4):
 def read_names(file):
     """Names of classes, one a line.  Raises CheckpointError."""
     try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check the "
-                              f"path") from None
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{file}: not text in UTF-8; save it as such") from None
+        lines = read_text(file).splitlines()
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
     names = [line.strip() for line in lines if line.strip()]
     twice = [name for n, name in enumerate(names) if name in names[:n]]
     if twice:
@@ -525,7 +523,7 @@ class Deployed(torch.nn.Module):
         return prediction.boxes, self.detector.scores(prediction)
 
 
-def picture_size(transform, size, divisor):
+def export_size(transform, size, divisor):
     """Height and width to export for: `size`, or the only one a data.Transform makes.
 
     divisor: of a Detector.  Raises CheckpointError.
@@ -557,7 +555,7 @@ def export_file(weights, out, size=None):
     """
     detector, checkpoint = checkpoints.load(weights)
     transform = data.Transform(**checkpoint["test_transform"])
-    height, width = picture_size(transform, size, detector.divisor)
+    height, width = export_size(transform, size, detector.divisor)
     program = export(detector, height, width)
 
     # in memory first: torch.export.save itself has no word for a full disk
@@ -566,8 +564,7 @@ def export_file(weights, out, size=None):
         warnings.simplefilter("ignore")
         torch.export.save(program, buffer,
                           extra_files={"classes.json": json.dumps(checkpoint["class_names"])})
-    with runs.whole(out) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    runs.write_whole(out, buffer.getbuffer())
     return f"{type(detector).__name__}, pictures of {height} x {width} pixels"
 
 

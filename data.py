@@ -399,7 +399,7 @@ def as_evaluated(picture, transform, divisor):
     transform: Transform of evaluation   divisor: of `collate`   Raises DataError.
     """
     if not isinstance(picture, Image.Image):
-        picture = annotations.load_picture(picture)
+        picture = load_picture(picture)
     view = transform(picture.convert("RGB"), torch.zeros(0, 4), np.random.default_rng(0))
     image = torch.from_numpy(np.array(view.picture)).permute(2, 0, 1)                # (3, H, W)
     return collate([(image, {"size": torch.tensor(image.shape[1:]),

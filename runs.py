@@ -82,7 +82,7 @@ def usable_device(name=None):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.ones(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RunError(f"--device {name}: nothing computes there ({reason}); use cpu") from None
     return name
@@ -221,6 +221,14 @@ def whole(file):
         if isinstance(error, OSError):
             error.filename = str(file)
         raise
+
+
+def write_whole(file, content):
+    """Bytes, written whole or not at all, and on the disk before an old file goes."""
+    with whole(file) as temporary, open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def write_json(file, content, indent=None):

@@ -84,7 +84,7 @@ def build_model(flags, checkpoint, classes, process):
         if checkpoint["class_names"] != classes.class_names:
             raise checkpoints.CheckpointError(f"{file} knows the classes "
                                               f"{checkpoint['class_names']}, not those of the data")
-        if checkpoint.get("pictures", digest(classes)) != digest(classes):
+        if checkpoint.get("pictures") not in (None, digest(classes)):    # older ones have none
             raise checkpoints.CheckpointError(f"{file} was trained on other pictures than those of "
                                               f"{classes.json_file}: their ids are not the same")
         with checkpoints.understood(file):

@@ -640,7 +640,7 @@ def test_scores_of_outputs_that_are_no_class_are_left_out():
 def test_the_size_to_export_for():
     """Given, or the only one that evaluation makes; a multiple of the detector's divisor."""
     def size(shortest, longest, given=None, divisor=32):
-        return convert.picture_size(data.Transform(shortest, longest), given, divisor)
+        return convert.export_size(data.Transform(shortest, longest), given, divisor)
 
     assert list(size([128], 128)) == [128, 128]
     assert list(size([800], 1333, [800, 1344])) == [800, 1344]
