@@ -618,10 +618,9 @@ def with_classes(annotations, class_names):
         return annotations
     unknown = [name for name in annotations.class_names if name not in class_names]
     if unknown:
-        known, unknown = (", ".join(map(repr, names)) for names in (class_names, unknown))
         raise DataError(f"{annotations.json_file}: the detector does not know its class(es) "
-                        f"{unknown}, only {known}; take them out of it, or train with a file that "
-                        f"lists them")
+                        f"{', '.join(map(repr, unknown))}, only {class_names}; give data with the "
+                        f"same classes, or train with a file that lists them")
     places = [class_names.index(name) for name in annotations.class_names]
     category_ids = [None] * len(class_names)
     for place, category in zip(places, annotations.category_ids):
