@@ -3,8 +3,9 @@
     read -> Annotations -> Pictures[epoch, index] -> Transform -> collate
 
 Order and augmentation are functions of (seed, epoch, index) alone, so the number of worker
-processes, of GPUs or of interruptions changes nothing.  Pixels stay uint8 until they are on the
-device, where the model normalises them.
+processes, of GPUs or of interruptions changes nothing.  Pixels are uint8 tensors from the decoder
+to the device, where the model normalises them; in memory the colours of a pixel lie side by side,
+as they were decoded, also in a batch: rows are copied whole.
 
 A target is a dict: boxes (G, 4) xyxy in pixels of the resized picture, labels (G,) in 0...C-1,
 image_id, size (2,) resized height and width, original_size (2,), ignore (I, 4) crowd regions in
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as v2
 
 import annotations
 import labels
@@ -199,19 +201,29 @@ def resized_size(height, width, shortest, longest, round_down=False):
     return max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))
 
 
-def resize(picture, boxes, shortest, longest, round_down=False):
-    h, w = resized_size(picture.height, picture.width, shortest, longest, round_down)
-    if (w, h) != picture.size:
-        boxes = boxes * torch.tensor([w / picture.width, h / picture.height]).repeat(2)
-        picture = picture.resize((w, h), Image.BILINEAR)
-    return picture, boxes
+def resize(image, boxes, shortest, longest, round_down=False):
+    H, W = image.shape[1:]
+    h, w = resized_size(H, W, shortest, longest, round_down)
+    if (h, w) != (H, W):
+        boxes = boxes * np.float32([w / W, h / H, w / W, h / H])
+        image = v2.resize(image, [h, w], antialias=True)     # bilinear, as Pillow's
+    return image, boxes
 
 
 def clip(boxes, width, height):
     """Boxes cut at the picture's edges, and which still have extent (1e-5 as detectron2)."""
-    boxes = torch.stack([boxes[:, 0].clamp(0, width), boxes[:, 1].clamp(0, height),
-                         boxes[:, 2].clamp(0, width), boxes[:, 3].clamp(0, height)], 1)
+    boxes = boxes.clip(0, np.float32([width, height, width, height]))
     return boxes, (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(1)
+
+
+def as_tensor(picture):
+    """A PIL picture's pixels, (3, H, W) uint8."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def as_picture(image):
+    """A PIL picture of (3, H, W) uint8."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 # CenterNet's colour noise along the principal axes of ImageNet's colours (AlexNet's, in the order
@@ -222,11 +234,12 @@ COLOUR_AXES = np.array([[-0.56089297, 0.71832671, 0.41158938],
 COLOUR_VARIANCES = np.array([0.2141788, 0.01817699, 0.00341571])
 
 
-def cut_square(picture, boxes, side, rng):
+def cut_square(image, boxes, side, rng):
     """CenterNet's augmentation: a square around a random point becomes `side` x `side` pixels.
 
     It is 0.6 to 1.3 times as large as the picture's longer side; black where it leaves the picture.
     """
+    picture = as_picture(image)          # Pillow cuts without another picture of floats
     around = np.zeros(2)
     for axis, length in enumerate(picture.size):
         # keeps the point 128 pixels off the edge, or less in small pictures
@@ -240,38 +253,42 @@ def cut_square(picture, boxes, side, rng):
     scale = square / side
     picture = picture.transform((side, side), Image.AFFINE, (scale, 0, x, 0, scale, y),
                                 Image.BILINEAR)
-    return picture, (boxes - torch.tensor([x, y, x, y], dtype=torch.float32)) * (side / square)
+    return as_tensor(picture), (boxes - np.float32([x, y, x, y])) * np.float32(side / square)
 
 
-def vary_colours(picture, strength, noise, rng):
+def vary_colours(image, strength, noise, rng):
     """Brightness, contrast and saturation, in random order, then noise along COLOUR_AXES.
 
     Each of the three is multiplied by 1 - strength ... 1 + strength.
     """
+    picture = as_picture(image)          # in Pillow they take a third of their time on tensors
     enhancers = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
     for n in rng.permutation(3):
         factor = float(rng.uniform(1 - strength, 1 + strength))
         picture = enhancers[n](picture).enhance(factor)
     shift = 255 * COLOUR_AXES @ (COLOUR_VARIANCES * rng.normal(0, noise, 3))
-    return Image.fromarray((np.asarray(picture, np.float32) + shift).clip(0, 255).astype(np.uint8))
+    return as_tensor((np.asarray(picture, np.float32) + shift).clip(0, 255).astype(np.uint8))
 
 
 MEAN_COLOUR = 124, 116, 104                      # what becomes 0 in the network, as padding is
 
 
-def shift(picture, boxes, dx, dy):
+def shift(image, boxes, dx, dy):
     """Everything moves right by dx and down by dy pixels; the mean colour fills the gap."""
-    move = (1, 0, -dx, 0, 1, -dy)
-    picture = picture.transform(picture.size, Image.AFFINE, move, fillcolor=MEAN_COLOUR)
-    return picture, boxes + torch.tensor([dx, dy, dx, dy])
+    H, W = image.shape[1:]
+    row = np.tile(np.uint8(MEAN_COLOUR), W)
+    moved = torch.from_numpy(np.tile(row, (H, 1)).reshape(H, W, 3)).permute(2, 0, 1)
+    moved[:, max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = (
+        image[:, max(-dy, 0):H + min(-dy, 0), max(-dx, 0):W + min(-dx, 0)])
+    return moved, boxes + np.float32([dx, dy, dx, dy])
 
 
 class View(NamedTuple):
     """A picture on its way into a batch."""
-    picture: Image.Image
-    boxes: torch.Tensor         # (G, 4)
-    kept: torch.Tensor          # (G,) bool, false where a step has left nothing of the box
-    frame: torch.Tensor         # (4,) where the original's left, top, right and bottom edge lie
+    image: torch.Tensor         # (3, H, W) uint8
+    boxes: np.ndarray           # (G, 4) float32
+    kept: np.ndarray            # (G,) bool, false where a step has left nothing of the box
+    frame: np.ndarray           # (4,) where the original's left, top, right and bottom edge lie
 
 
 @dataclass
@@ -297,43 +314,45 @@ class Transform:
     colours: float = 0.0
     shift: int = 0
 
-    def __call__(self, picture, boxes, rng):
+    def __call__(self, image, boxes, rng):
         """Boxes move with their pixels; after every step they are clipped.  Returns a View.
 
-        picture: PIL   boxes: (G, 4)   rng: numpy Generator
+        image: (3, H, W) uint8 tensor   boxes: (G, 4) float32 array, on which small operations
+        cost a tenth of what they do on tensors   rng: numpy Generator
         """
-        boxes, kept = clip(boxes, picture.width, picture.height)
+        H, W = image.shape[1:]
+        boxes, kept = clip(boxes, W, H)
         # the last row is the frame, which moves along and is never clipped
-        rows = torch.cat([boxes, torch.tensor([[0.0, 0.0, picture.width, picture.height]])])
+        rows = np.concatenate([boxes, np.float32([[0, 0, W, H]])])
         if rng.random() < self.flip:
-            picture = picture.transpose(Image.FLIP_LEFT_RIGHT)
-            rows = torch.stack([picture.width - rows[:, 2], rows[:, 1],
-                                picture.width - rows[:, 0], rows[:, 3]], 1)
+            image = image.flip(2)
+            rows[:, [0, 2]] = W - rows[:, [2, 0]]
             rows[-1] = rows[-1, [2, 1, 0, 3]]            # its left edge now lies at the right
 
         if rng.random() < self.crop:
             shortest = int(rng.choice([400, 500, 600]))
-            picture, rows = resize(picture, rows, shortest, 10 ** 9, self.round_down)
-            w, h = (int(rng.integers(min(side, 384), min(side, 600) + 1)) for side in picture.size)
-            x = int(rng.integers(picture.width - w + 1))
-            y = int(rng.integers(picture.height - h + 1))
-            picture = picture.crop((x, y, x + w, y + h))
-            rows = rows - torch.tensor([x, y, x, y])
+            image, rows = resize(image, rows, shortest, 10 ** 9, self.round_down)
+            H, W = image.shape[1:]
+            w, h = (int(rng.integers(min(side, 384), min(side, 600) + 1)) for side in (W, H))
+            x = int(rng.integers(W - w + 1))
+            y = int(rng.integers(H - h + 1))
+            image = image[:, y:y + h, x:x + w]
+            rows = rows - np.float32([x, y, x, y])
             rows[:-1], inside = clip(rows[:-1], w, h)
             kept = kept & inside
 
         if self.square:
-            picture, rows = cut_square(picture, rows, self.square, rng)
+            image, rows = cut_square(image, rows, self.square, rng)
         elif self.shortest:
-            shortest = int(rng.choice(self.shortest))
-            picture, rows = resize(picture, rows, shortest, self.longest, self.round_down)
+            shortest = self.shortest[rng.integers(len(self.shortest))]
+            image, rows = resize(image, rows, shortest, self.longest, self.round_down)
         if self.colours:
-            picture = vary_colours(picture, self.colours, 0.1, rng)
+            image = vary_colours(image, self.colours, 0.1, rng)
         if self.shift:
             dx, dy = rng.integers(-self.shift, self.shift + 1, 2).tolist()
-            picture, rows = shift(picture, rows, dx, dy)
-        boxes, inside = clip(rows[:-1], picture.width, picture.height)
-        return View(picture, boxes, kept & inside, rows[-1])
+            image, rows = shift(image, rows, dx, dy)
+        boxes, inside = clip(rows[:-1], image.shape[2], image.shape[1])
+        return View(image, boxes, kept & inside, rows[-1])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -352,28 +371,34 @@ class Pictures(Dataset):
     def __len__(self):
         return len(self.annotations)
 
-    def picture(self, i):
-        a = self.annotations
+    def pixels(self, i):
+        """(3, H, W) uint8 of picture i, as it is in its file, upright.  Raises DataError."""
         if self.cache is not None and i in self.cache:
             return self.cache[i]
-        picture = load_picture(a.path(i), *a.sizes[i].tolist(), image_id=a.image_ids[i])
+        a = self.annotations
+        image = as_tensor(load_picture(a.path(i), *a.sizes[i].tolist(), image_id=a.image_ids[i]))
         if self.cache is not None:
-            self.cache[i] = picture
-        return picture
+            self.cache[i] = image
+        return image
+
+    def picture(self, i):
+        """The same to draw on, PIL."""
+        return as_picture(self.pixels(i))
 
     def __getitem__(self, key):
         epoch, i = key
         a = self.annotations
         rows = slice(int(a.first[i]), int(a.first[i + 1]))
+        boxes, labels, crowd = (t[rows].numpy() for t in (a.boxes, a.labels, a.crowd))
         rng = np.random.default_rng((self.seed, epoch, i))
-        view = self.transform(self.picture(i), a.boxes[rows], rng)
-        target = view.kept & ~a.crowd[rows]
-        image = torch.from_numpy(np.array(view.picture)).permute(2, 0, 1)        # (3, H, W)
-        return image, {"boxes": view.boxes[target], "labels": a.labels[rows][target],
-                       "image_id": a.image_ids[i], "size": torch.tensor(image.shape[1:]),
-                       "original_size": a.sizes[i], "frame": view.frame,
-                       "objects": target.nonzero()[:, 0],        # numbers among the picture's boxes
-                       "ignore": view.boxes[view.kept & a.crowd[rows]]}
+        view = self.transform(self.pixels(i), boxes, rng)
+        target = view.kept & ~crowd
+        arrays = {"boxes": view.boxes[target], "labels": labels[target],
+                  "size": np.array(view.image.shape[1:]), "frame": view.frame,
+                  "objects": target.nonzero()[0],            # numbers among the picture's boxes
+                  "ignore": view.boxes[view.kept & crowd]}
+        return view.image, {"image_id": a.image_ids[i], "original_size": a.sizes[i],
+                            **{name: torch.from_numpy(array) for name, array in arrays.items()}}
 
 
 def collate(samples, divisor):
@@ -384,7 +409,7 @@ def collate(samples, divisor):
     """
     largest = np.max([image.shape[1:] for image, _ in samples], axis=0)
     height, width = (-(-largest // divisor) * divisor).tolist()      # rounded up
-    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    images = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     mask = torch.ones(len(samples), height, width, dtype=torch.bool)
     for n, (image, _) in enumerate(samples):
         images[n, :, :image.shape[1], :image.shape[2]] = image
@@ -400,8 +425,8 @@ def as_evaluated(picture, transform, divisor):
     """
     if not isinstance(picture, Image.Image):
         picture = load_picture(picture)
-    view = transform(picture.convert("RGB"), torch.zeros(0, 4), np.random.default_rng(0))
-    image = torch.from_numpy(np.array(view.picture)).permute(2, 0, 1)                # (3, H, W)
+    image = transform(as_tensor(picture.convert("RGB")), np.zeros((0, 4), np.float32),
+                      np.random.default_rng(0)).image
     return collate([(image, {"size": torch.tensor(image.shape[1:]),
                              "original_size": torch.tensor(picture.size[::-1])})], divisor)
 

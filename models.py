@@ -374,7 +374,9 @@ class Detector(nn.Module):
 
     def features(self, images, mask, **options):
         images = images.flip(1) if self.pixels.startswith("bgr") else images
-        x = (images.float() - self.mean) / self.std                   # (B, 3, H, W)
+        # a colour at a time: a CPU normalises three interleaved values at a fifth of the speed
+        x = images.to(torch.float32, memory_format=torch.contiguous_format)
+        x = (x - self.mean) / self.std                                # (B, 3, H, W)
         x = x.masked_fill(mask[:, None], 0).contiguous(memory_format=torch.channels_last)
         return self.backbone(x, **options)
 

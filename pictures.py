@@ -71,11 +71,12 @@ def load_picture(path, height=None, width=None, image_id=None):
     try:
         with Image.open(path) as picture:
             deep = ";16" in str(picture.tile)       # 16 bits a colour, of which Pillow keeps 8
-            picture = ImageOps.exif_transpose(picture)      # decodes the whole file
+            picture.load()                          # decodes the whole file
+            ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode.startswith("I") or picture.mode == "F":
                 picture = Image.fromarray(eight_bits(np.asarray(picture)))
                 deep = False
-            picture = picture.convert("RGB")
+            picture = picture if picture.mode == "RGB" else picture.convert("RGB")
         if deep and max(high for _, high in picture.getextrema()) < 16:
             raise DataError("its 16 bits a colour hold values below 4096 alone, as of 12 bits, and "
                             "would be black; save it with 8 bits")

@@ -184,15 +184,23 @@ def test_no_side_shrinks_to_nothing_and_detectron2s_stay_within_the_longest(
 # ------------------------------------------------------------------------------------------------
 
 def rectangle(box, width=640, height=480):
-    """A dark picture with one bright rectangle, and its box as (1, 4)."""
+    """A dark picture, (3, H, W) uint8, with one bright rectangle, and its box as (1, 4)."""
     picture = Image.new("RGB", (width, height), (0, 0, 40))
     picture.paste((250, 200, 0), tuple(box))
-    return picture, torch.tensor([box], dtype=torch.float32)
+    return pixels(picture), np.float32([box])
 
 
-def seen(picture):
+def pixels(picture):
+    """Of PIL, an array or a colour's name, as Transform takes them."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+NO_BOXES = np.zeros((0, 4), np.float32)
+
+
+def seen(image):
     """The box of the bright pixels, None if there are none."""
-    rows, columns = np.nonzero(np.asarray(picture)[:, :, 0] > 125)
+    rows, columns = np.nonzero(image[0].numpy() > 125)
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if len(rows) else None
 
 
@@ -207,8 +215,8 @@ RECTANGLES = st.tuples(CORNERS, EXTENTS).map(
 def test_the_box_is_where_the_pixels_are_after_flip_crop_and_resize(box, seed, round_down):
     transform = data.Transform((320, 352, 384, 416, 448, 480), longest=640, flip=0.5, crop=1.0,
                                round_down=round_down)
-    picture, boxes, kept = transform(*rectangle(box), np.random.default_rng(seed))[:3]
-    found = seen(picture)
+    image, boxes, kept = transform(*rectangle(box), np.random.default_rng(seed))[:3]
+    found = seen(image)
     # less is too thin a sliver to be seen
     if kept[0] and min(boxes[0, 2:] - boxes[0, :2]) > 3:
         assert np.allclose(found, boxes[0], atol=1.5)
@@ -219,10 +227,10 @@ def test_the_box_is_where_the_pixels_are_after_flip_crop_and_resize(box, seed, r
 @settings(max_examples=20)
 @given(RECTANGLES, st.integers(0, 999))
 def test_flipping_is_torchvisions_mirror_to_the_pixel(box, seed):
-    picture, boxes = rectangle(box)
+    image, boxes = rectangle(box)
     transform = data.Transform(shortest=(480,), flip=1.0)
-    flipped, moved, kept = transform(picture, boxes, np.random.default_rng(seed))[:3]
-    assert flipped.tobytes() == hflip(picture).tobytes() and kept.all()
+    flipped, moved, kept = transform(image, boxes, np.random.default_rng(seed))[:3]
+    assert torch.equal(flipped, hflip(image)) and kept.all()
     assert seen(flipped) == moved[0].tolist()
 
 
@@ -233,9 +241,9 @@ def test_a_flip_and_a_crop_happen_as_often_as_they_are_asked_for():
     flips = crops = 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
-        picture, boxes, kept = transform(*rectangle(box, 640, 640), rng)[:3]
+        image, boxes, kept = transform(*rectangle(box, 640, 640), rng)[:3]
         sides = boxes[0, 2:] - boxes[0, :2]
-        whole = picture.size == (48, 48) and kept[0] and np.allclose(sides, 6, atol=0.01)
+        whole = image.shape[1:] == (48, 48) and kept[0] and np.allclose(sides, 6, atol=0.01)
         crops += not whole
         flips += bool(whole and boxes[0, 0] > 24)
     # 100 expected, standard deviation 7
@@ -255,8 +263,7 @@ def test_a_crop_is_384_to_600_pixels_of_a_picture_whose_shorter_side_is_400_500_
     widths, heights = [], []
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        picture = transform(Image.fromarray(ramp), torch.zeros(0, 4), rng).picture
-        red, green, _ = np.asarray(picture, float).transpose(2, 0, 1)
+        red, green, _ = transform(pixels(ramp), NO_BOXES, rng).image.double().numpy()
         widths.append(np.ptp(red) / 255)
         heights.append(np.ptp(green) / 255)
     assert 384 / 800 - 0.03 < min(widths) < 0.6 and 0.9 < max(widths)
@@ -267,9 +274,9 @@ def test_a_crop_is_384_to_600_pixels_of_a_picture_whose_shorter_side_is_400_500_
 @given(RECTANGLES, st.integers(0, 999))
 def test_the_box_is_where_the_pixels_are_in_centernets_square(box, seed):
     transform = data.Transform(square=512, flip=0.5)
-    picture, boxes, kept = transform(*rectangle(box), np.random.default_rng(seed))[:3]
-    assert picture.size == (512, 512)
-    found = seen(picture)
+    image, boxes, kept = transform(*rectangle(box), np.random.default_rng(seed))[:3]
+    assert image.shape == (3, 512, 512)
+    found = seen(image)
     if kept[0] and min(boxes[0, 2:] - boxes[0, :2]) > 3:
         assert np.allclose(found, boxes[0], atol=1.5)
     elif not kept[0]:
@@ -282,14 +289,14 @@ def test_centernets_square_is_0p6_to_1p3_of_the_longer_side_around_a_point_128_p
     """
     scales, centres = [], []
     for seed in range(300):
-        picture, box = rectangle([288, 208, 352, 272])
-        view = data.Transform(square=512)(picture, box, np.random.default_rng(seed))
+        image, box = rectangle([288, 208, 352, 272])
+        view = data.Transform(square=512)(image, box, np.random.default_rng(seed))
         boxes, kept = view.boxes, view.kept
         if (boxes[0] > 0).all() and (boxes[0] < 512).all():
             scale = 64 / float(boxes[0, 2] - boxes[0, 0]) * 512 / 640
             scales.append(round(scale, 3))
             off = 256 - (boxes[0, :2] + boxes[0, 2:]) / 2
-            centre = off * scale * 640 / 512 + torch.tensor([320, 240])
+            centre = off * scale * 640 / 512 + np.array([320, 240])
             centres.append(centre.tolist())
     assert set(scales) == {0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3}
     x, y = np.transpose(centres)
@@ -298,17 +305,17 @@ def test_centernets_square_is_0p6_to_1p3_of_the_longer_side_around_a_point_128_p
 
 
 def test_colours_vary_as_much_as_asked_and_only_the_colours():
-    grey = Image.new("RGB", (40, 30), (100, 100, 100))
+    grey = torch.full((3, 30, 40), 100, dtype=torch.uint8)
     varied = [data.vary_colours(grey, 0.4, 0.1, np.random.default_rng(n)) for n in range(200)]
-    mean = [np.asarray(picture, float).mean((0, 1)) for picture in varied]
+    mean = [image.double().mean((1, 2)).numpy() for image in varied]
     lightness = np.mean(mean, 1)
     assert 45 < lightness.min() < 75 and 125 < lightness.max() < 155
     assert 90 < lightness.mean() < 110
     # the noise along the colour axes tints greys
     assert np.ptp(mean, 1).max() >= 1
     transform, rng = data.Transform(shortest=(), colours=0.4), np.random.default_rng(0)
-    picture, boxes = transform(*rectangle([100, 100, 300, 200]), rng)[:2]
-    assert picture.size == (640, 480) and boxes[0].tolist() == [100, 100, 300, 200]
+    image, boxes = transform(*rectangle([100, 100, 300, 200]), rng)[:2]
+    assert image.shape == (3, 480, 640) and boxes[0].tolist() == [100, 100, 300, 200]
 
 
 @settings(max_examples=60)
@@ -317,38 +324,39 @@ def test_the_box_is_where_the_pixels_are_after_a_shift_to_the_pixel(box, seed):
     """Whole pixels move, so that box and pixels agree exactly where the rectangle stays inside."""
     before, was = rectangle(box)
     transform = data.Transform(shortest=(480,), shift=150)
-    picture, boxes, kept = transform(before, was, np.random.default_rng(seed))[:3]
-    assert picture.size == before.size
-    assert seen(picture) == (boxes[0].tolist() if kept[0] else None)
-    untouched = (boxes[0] > 0).all() and (boxes[0, 2:] < torch.tensor([640, 480])).all()
+    image, boxes, kept = transform(before, was, np.random.default_rng(seed))[:3]
+    assert image.shape == before.shape
+    assert seen(image) == (boxes[0].tolist() if kept[0] else None)
+    untouched = (boxes[0] > 0).all() and (boxes[0, 2:] < [640, 480]).all()
     if untouched:
-        assert torch.equal(boxes[0, 2:] - boxes[0, :2], was[0, 2:] - was[0, :2])
+        assert (boxes[0, 2:] - boxes[0, :2] == was[0, 2:] - was[0, :2]).all()
 
 
 def test_a_shift_is_as_far_as_asked_to_all_sides_and_one_colour_fills_its_gap():
-    picture, boxes = rectangle([300, 200, 340, 240])
+    image, boxes = rectangle([300, 200, 340, 240])
     transform, moves = data.Transform(shortest=(480,), shift=3), []
     for seed in range(200):
-        moved, there = transform(picture, boxes, np.random.default_rng(seed))[:2]
-        moves.append((there - boxes)[0, :2].int().tolist())
+        moved, there = transform(image, boxes, np.random.default_rng(seed))[:2]
+        moves.append((there - boxes)[0, :2].astype(int).tolist())
         dx, dy = moves[-1]
         inside = np.zeros((480, 640), bool)
         inside[max(dy, 0):480 + min(dy, 0), max(dx, 0):640 + min(dx, 0)] = True
-        assert (np.asarray(moved)[~inside] == data.MEAN_COLOUR).all()
+        assert (moved.permute(1, 2, 0).numpy()[~inside] == data.MEAN_COLOUR).all()
     assert {x for x, _ in moves} == {y for _, y in moves} == {-3, -2, -1, 0, 1, 2, 3}
 
 
 def test_a_shift_changes_no_other_random_choice():
     """It is drawn last, so that undoing it gives the picture that is there without it."""
-    picture, boxes = rectangle([200, 150, 420, 300])
+    image, boxes = rectangle([200, 150, 420, 300])
     choices = {"shortest": (96, 128, 160), "flip": 0.5, "crop": 0.5, "colours": 0.4}
     for seed in range(20):
         plain, same_plain, moved = (
-            data.Transform(**choices, **more)(picture, boxes, np.random.default_rng(seed))[0]
+            data.Transform(**choices, **more)(image, boxes, np.random.default_rng(seed))[0].numpy()
             for more in ({}, {"shift": 0}, {"shift": 5}))
-        assert plain.tobytes() == same_plain.tobytes() and plain.size == moved.size
-        here, there = np.asarray(plain)[8:-8, 8:-8], np.asarray(moved)
-        assert any((there[8 + dy:, 8 + dx:][:here.shape[0], :here.shape[1]] == here).all()
+        assert (plain == same_plain).all() and plain.shape == moved.shape
+        here = plain[:, 8:-8, 8:-8]
+        _, H, W = here.shape
+        assert any((moved[:, 8 + dy:, 8 + dx:][:, :H, :W] == here).all()
                    for dx in range(-5, 6) for dy in range(-5, 6))
 
 
@@ -363,24 +371,35 @@ def test_the_frame_says_where_every_point_of_the_original_went(square):
     transform = data.Transform((480,), flip=0.5, crop=0.5, square=square, shift=30)
     met = 0
     for seed in range(20):
-        view = transform(picture, torch.zeros(0, 4), np.random.default_rng(seed))
+        view = transform(pixels(picture), NO_BOXES, np.random.default_rng(seed))
         x1, y1, x2, y2 = view.frame.tolist()
         for (x, y), colour in zip(corners, colours):
             at = round(x1 + (x + 20) / 640 * (x2 - x1)), round(y1 + (y + 20) / 480 * (y2 - y1))
-            if 0 <= at[0] < view.picture.width and 0 <= at[1] < view.picture.height:
-                assert view.picture.getpixel(at) == ImageColor.getrgb(colour)
+            if 0 <= at[0] < view.image.shape[2] and 0 <= at[1] < view.image.shape[1]:
+                assert tuple(view.image[:, at[1], at[0]].tolist()) == ImageColor.getrgb(colour)
                 met += 1
     assert met > 40
 
 
 def test_boxes_are_clipped_and_emptied_boxes_marked():
     boxes = [[-10, 5, 20, 60], [90, 10, 130, 20], [100, 0, 120, 20], [5, 5, 9, 9], [30, -9, 40, 0]]
-    transform, picture = data.Transform(shortest=(100,)), Image.new("RGB", (100, 50))
-    rng = np.random.default_rng(0)
-    picture, moved, kept = transform(picture, torch.tensor(boxes).float(), rng)[:3]
-    assert picture.size == (200, 100)
+    transform, rng = data.Transform(shortest=(100,)), np.random.default_rng(0)
+    image = torch.zeros(3, 50, 100, dtype=torch.uint8)
+    image, moved, kept = transform(image, np.float32(boxes), rng)[:3]
+    assert image.shape == (3, 100, 200)
     assert kept.tolist() == [True, True, False, True, False]
     assert moved[kept].tolist() == [[0, 10, 40, 100], [180, 20, 200, 40], [10, 10, 18, 18]]
+
+
+@settings(max_examples=30)
+@given(st.integers(20, 300), st.integers(20, 300), st.integers(16, 400), st.integers(0, 99))
+def test_resized_pixels_are_pillows_within_two_of_255(height, width, shortest, seed):
+    """Smaller and larger; Pillow is the oracle."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3))
+    picture = Image.fromarray(noise.astype(np.uint8)).resize((width, height), Image.BICUBIC)
+    image, _ = data.resize(pixels(picture), NO_BOXES, shortest, 10 ** 9)
+    expected = pixels(picture.resize((image.shape[2], image.shape[1]), Image.BILINEAR))
+    assert (image.int() - expected.int()).abs().max() <= 2
 
 
 # ------------------------------------------------------------------------------------------------
