@@ -165,25 +165,36 @@ def hungarian(cost):
     cost: (Q, G)   returns prediction (K,) ascending, object (K,), K = min(Q, G) less what inf
     forbids, on the host, where scipy solves it.
     """
+    Q, G = cost.shape
+    if min(Q, G) == 0:
+        return torch.zeros(2, 0, dtype=torch.long).unbind()
+
     # Each object's G cheapest predictions are enough, and the answer stays exact: were an object
     # given another one, one of those G would be free, as the others use at most G - 1, and cost no
-    # more.  Values and row numbers travel to the host in one copy; float32 holds rows exactly up to
-    # 2^24.  scipy wants float64, which Apple's GPUs do not know: it is made on the host.
-    values, rows = cost.topk(min(cost.shape), dim=0, largest=False)          # (min(Q, G), G)
-    values, rows = torch.stack([values, rows.to(values)]).cpu().double().numpy()
-    used = np.unique(rows)
+    # more.  A few too many do no harm, so they need not be sorted out of all Q: the predictions are
+    # dealt into groups, and the G-th cheapest of the groups' cheapest is a bound for those G.
+    groups = min(Q, 4 * G)
+    cheapest = cost[:Q - Q % groups].reshape(-1, groups, G).amin(0)          # (groups, G)
+    bound = cheapest.topk(min(groups, G), dim=0, largest=False).values[-1]   # (G,)
+    bound = bound.clamp(max=torch.finfo(cost.dtype).max)                     # inf is forbidden
+    q, g = (cost <= bound).nonzero().unbind(1)
+
+    # One copy to the host; float32 holds row numbers exactly up to 2^24.  scipy wants float64,
+    # which Apple's GPUs do not know: it is made on the host.
+    values, q, g = torch.stack([cost[q, g], q.to(cost), g.to(cost)]).cpu().double().numpy()
+    used, column = np.unique(q.astype(int), return_inverse=True)
 
     # scipy cannot leave an object without a prediction: a forbidden pair is dearer than any set of
     # allowed ones, so that it is taken only where nothing else is left, and dropped then
-    allowed = np.isfinite(values)
-    forbidden = 1e3 + 4 * np.abs(values[allowed]).max(initial=0.0) * (1 + cost.shape[1])
-    small = np.full((len(used), cost.shape[1]), forbidden)
-    of_object = np.arange(cost.shape[1])
-    small[np.searchsorted(used, rows), of_object] = np.where(allowed, values, forbidden)
+    forbidden = 1e3 + 4 * np.abs(values).max(initial=0.0) * (1 + G)
+    small = np.full((G, len(used)), forbidden)
+    small[g.astype(int), column] = values
 
-    q, g = linear_sum_assignment(small)
-    keep = small[q, g] < forbidden
-    return torch.from_numpy(used[q[keep]]).long(), torch.from_numpy(g[keep]).long()
+    g, column = linear_sum_assignment(small)
+    keep = small[g, column] < forbidden
+    by_prediction = column[keep].argsort()
+    return (torch.from_numpy(used[column[keep]][by_prediction]),
+            torch.from_numpy(g[keep][by_prediction]))
 
 
 hungarian.one_to_one = True          # what a strategy claims, the contract test checks
