@@ -99,7 +99,8 @@ RECIPES = {
         **SMALL,
         "": {**SMALL[""], "train_sizes": [128], "train_longest": 128, "test_size": 128,
              "test_longest": 128},
-        "retinanet": {**SMALL["retinanet"], "anchor_scales": 1},
+        "retinanet": {**SMALL["retinanet"], "anchor_scales": 1, "steps": 1500, "lr": 2e-3,
+                      "weight_decay": 0.1},
         "centernet": {**SMALL["centernet"], "neck_widths": [128, 64, 64], "box_prior": 3.0,
                       "laterals": True, "steps": 2000, "lr": 2e-3, "weight_decay": 0.1},
         "detr": {**SMALL["detr"], "queries": 20, "steps": 8000},
@@ -245,20 +246,20 @@ def add_paper_flags(g):
 
 
 def add_optimisation_flags(g):
-    g.add_argument("--steps", **N, help="optimiser steps (scenes: 2250, CenterNet 2000, DETR 8000, "
-                   "Deformable DETR 3000, Sparse R-CNN 4000)")
+    g.add_argument("--steps", **N, help="optimiser steps (scenes: 2250, RetinaNet 1500, CenterNet "
+                   "2000, DETR 8000, Deformable DETR 3000, Sparse R-CNN 4000)")
     g.add_argument("--batch-size", **N, help="images per step, over all processes and "
                    "micro-batches (scenes, coco: 16)")
     g.add_argument("--accumulate", **N, help="micro-batches per step (default 1): less memory, the "
                    "same step")
     g.add_argument("--optimizer", choices=("adamw", "sgd"),
                    help="default adamw; the published one-to-many recipes use sgd")
-    g.add_argument("--lr", **X, help="peak learning rate (scenes: 1e-3, CenterNet 2e-3, query "
-                   "detectors 5e-4; coco: as published)")
+    g.add_argument("--lr", **X, help="peak learning rate (scenes: 1e-3, RetinaNet and CenterNet "
+                   "2e-3, query detectors 5e-4; coco: as published)")
     g.add_argument("--backbone-lr-factor", **X, help="the backbone's learning rate is this times "
                    "--lr (default 1)")
-    g.add_argument("--weight-decay", **X, help="default 1e-4 (0.1: CenterNet and query detectors "
-                   "on scenes, all on crowd); SGD spares norm layers, as published")
+    g.add_argument("--weight-decay", **X, help="default 1e-4 (0.1: all but FCOS on scenes, all on "
+                   "crowd); SGD spares norm layers, as published")
     g.add_argument("--momentum", **X, help="of SGD (default 0.9)")
     g.add_argument("--schedule", choices=("step", "one-cycle"), help="step: linear warm-up, then a "
                    "tenth at each milestone; one-cycle: up for a tenth, then down a cosine")
