@@ -30,9 +30,11 @@ def overlaps(boxes, others):
 
     1e-6 keeps boxes without extent apart.
     """
-    corner = np.maximum(boxes[:, None, :2], others[None, :, :2])     # (n, m, 2)
-    opposite = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    inter = (opposite - corner).clip(0).prod(2)
+    x1, y1, x2, y2 = boxes.T[:, :, None]                             # (n, 1) each
+    X1, Y1, X2, Y2 = others.T[:, None]                               # (1, m)
+    width = np.minimum(x2, X2) - np.maximum(x1, X1)
+    height = np.minimum(y2, Y2) - np.maximum(y1, Y1)
+    inter = width.clip(0) * height.clip(0)                           # (n, m)
     area = areas(boxes)[:, None]
     return inter / (area + areas(others)[None] - inter + 1e-6), inter / np.maximum(area, 1e-6)
 
@@ -47,40 +49,40 @@ def match_crowd(iou, over_ignored, threshold=0.5):
     used up.
     """
     true_positive = np.zeros(len(iou), bool)
-    free = np.ones(iou.shape[1], bool)
-    for d in (iou > threshold).any(1).nonzero()[0]:          # the others match nobody
-        value = np.where(free, iou[d], 0.0)
-        best = int(value.argmax())
-        if value[best] > threshold:
-            true_positive[d] = True
-            free[best] = False
+    wanted, d = np.where(iou > threshold, iou, 0.0), 0
+    while wanted[d:].any():
+        d += int(wanted[d:].any(1).argmax())                 # those before it match nobody
+        true_positive[d] = True
+        wanted[:, wanted[d].argmax()] = 0                    # no longer free
+        d += 1
     return true_positive, true_positive | ~(over_ignored > threshold).any(1)
 
 
 def jaccard_index(iou, over_ignored, person_ignored, scores):
     """JI of one picture for score thresholds 0.0, 0.1, ... 0.9 (CrowdDet's addition).
 
-    person_ignored: (G,) bool, the person lies in an ignore region
+    person_ignored: (G,) bool, the person lies in an ignore region   scores: (D,), highest first
     Returns a list of ten, NaN where there is nothing to compare.
 
     k pairs of a maximum-weight matching, out of m persons and n detections, those unmatched in
     ignore regions left out: k / (m + n - k).
     """
+    weights = np.where(iou > 0.5, iou, 0.0).T                        # (G, D)
+    ignored = (over_ignored > 0.5).any(1)
     values = []
     for threshold in np.arange(10) / 10:
-        chosen = scores > threshold
-        weights = np.where(iou[chosen] > 0.5, iou[chosen], 0.0)
-        rows, columns = linear_sum_assignment(weights, maximize=True)
-        paired = weights[rows, columns] > 0
+        chosen = int((scores > threshold).sum())
+        persons, detections = linear_sum_assignment(weights[:, :chosen], maximize=True)
+        paired = weights[persons, detections] > 0
         k = int(paired.sum())
 
         # who is left without a partner, and may be ignored for it
-        alone = np.ones(len(weights), bool)
-        alone[rows[paired]] = False
-        missed = np.ones(iou.shape[1], bool)
-        missed[columns[paired]] = False
-        n = len(weights) - int((alone & (over_ignored[chosen] > 0.5).any(1)).sum())
-        m = iou.shape[1] - int((missed & person_ignored).sum())
+        alone = np.ones(chosen, bool)
+        alone[detections[paired]] = False
+        missed = np.ones(len(weights), bool)
+        missed[persons[paired]] = False
+        n = chosen - int((alone & ignored[:chosen]).sum())
+        m = len(weights) - int((missed & person_ignored).sum())
         values.append(k / (m + n - k + 1e-6) if m or n else np.nan)
     return values
 

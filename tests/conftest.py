@@ -8,6 +8,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import evaluate
 import scenes
 
 torch.set_num_threads(1)        # the tensors are small, and the machine may be training
@@ -27,6 +28,12 @@ def pytest_addoption(parser):
 def seed():
     """Every test starts from the same random numbers, alone or among others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def slow_judge(monkeypatch):
+    """pycocotools judges everywhere, whether or not hotcoco is installed."""
+    monkeypatch.setattr(evaluate, "hotcoco", None)
 
 
 @pytest.fixture(scope="session")

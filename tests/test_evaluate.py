@@ -94,6 +94,36 @@ def test_figures_are_pycocotools(tmp_path, seed):
     assert 5 < ours["AP"] < 95
 
 
+@pytest.mark.parametrize("max_dets", [100, 3])
+def test_hotcoco_where_installed_has_the_figures_of_pycocotools(monkeypatch, max_dets):
+    """Of all classes and of each."""
+    hotcoco = pytest.importorskip("hotcoco", reason="pip install hotcoco, to compare")
+    for seed in range(6):
+        truth, found = random_case(seed)
+        both = []
+        for judge in (None, hotcoco):
+            monkeypatch.setattr(evaluate, "hotcoco", judge)
+            gt = evaluate.coco_object(truth["images"], truth["categories"], truth["annotations"])
+            run = evaluate.coco_run(gt, found, max_dets)
+            both.append((evaluate.coco_figures(run), evaluate.class_figures(run)))
+            assert isinstance(run, COCOeval) == (judge is None)
+        (slow, slow_classes), (fast, fast_classes) = both
+        assert fast == pytest.approx(slow, abs=1e-4)
+        assert list(fast_classes) == list(slow_classes)
+        for name, of_class in slow_classes.items():
+            assert fast_classes[name] == pytest.approx(of_class, abs=1e-4)
+
+
+def test_ids_that_are_no_whole_numbers_stay_with_pycocotools(monkeypatch):
+    hotcoco = pytest.importorskip("hotcoco", reason="pip install hotcoco, to compare")
+    monkeypatch.setattr(evaluate, "hotcoco", hotcoco)
+    for image in ("a", -1):
+        truth = ground_truth([(image, 1, (10, 10, 50, 50))])
+        truth["images"] = [{"id": image}]
+        gt = evaluate.coco_object(truth["images"], truth["categories"], truth["annotations"])
+        assert evaluate.coco_metrics(gt, [detection((10, 10, 50, 50), 0.5, image)])["AP"] == 100
+
+
 def test_one_perfect_detection_of_one_object_is_100(tmp_path):
     truth = ground_truth([(1, 1, (10, 10, 50, 50))])
     ours = figures(tmp_path, truth, [detection((10, 10, 50, 50), 0.1)])
