@@ -48,12 +48,13 @@ def match_crowd(iou, over_ignored, threshold=0.5):
     An unmatched detection that lies in an ignore region does not count; such a region is never
     used up.
     """
-    true_positive = np.zeros(len(iou), bool)
-    wanted, d = np.where(iou > threshold, iou, 0.0), 0
-    while wanted[d:].any():
-        d += int(wanted[d:].any(1).argmax())                 # those before it match nobody
+    true_positive, d = np.zeros(len(iou), bool), 0
+    # column by column in memory, for the rows are short
+    near = np.asfortranarray(iou > threshold)
+    while (left := near[d:].any(1)).any():
+        d += int(left.argmax())                              # those before it match nobody
         true_positive[d] = True
-        wanted[:, wanted[d].argmax()] = 0                    # no longer free
+        near[:, np.where(near[d], iou[d], 0).argmax()] = False           # no longer free
         d += 1
     return true_positive, true_positive | ~(over_ignored > threshold).any(1)
 
