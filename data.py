@@ -217,8 +217,9 @@ def clip(boxes, width, height):
 
 
 def as_tensor(picture):
-    """A PIL picture's pixels, (3, H, W) uint8."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    """(3, H, W) uint8 of an array (H, W, 3), or of a PIL picture, which is copied."""
+    pixels = picture if isinstance(picture, np.ndarray) else np.array(picture)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def as_picture(image):
@@ -277,10 +278,10 @@ def shift(image, boxes, dx, dy):
     """Everything moves right by dx and down by dy pixels; the mean colour fills the gap."""
     H, W = image.shape[1:]
     row = np.tile(np.uint8(MEAN_COLOUR), W)
-    moved = torch.from_numpy(np.tile(row, (H, 1)).reshape(H, W, 3)).permute(2, 0, 1)
-    moved[:, max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = (
-        image[:, max(-dy, 0):H + min(-dy, 0), max(-dx, 0):W + min(-dx, 0)])
-    return moved, boxes + np.float32([dx, dy, dx, dy])
+    moved = np.tile(row, (H, 1)).reshape(H, W, 3)
+    moved[max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = image.permute(1, 2, 0).numpy()[
+        max(-dy, 0):H + min(-dy, 0), max(-dx, 0):W + min(-dx, 0)]
+    return as_tensor(moved), boxes + np.float32([dx, dy, dx, dy])
 
 
 class View(NamedTuple):
