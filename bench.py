@@ -74,7 +74,8 @@ def seconds(function, device="cpu", repeats=3):
 
 def versus(what, ours, peer, theirs, device="cpu", repeats=3):
     """A Row of two functions, called in turn after one call each that does not count."""
-    clock(ours, device), clock(theirs, device)
+    ours()
+    theirs()
     pairs = [(clock(ours, device), clock(theirs, device)) for _ in range(repeats)]
     ratio = statistics.median(a / b for a, b in pairs)
     a, b = (statistics.median(times) for times in zip(*pairs))

@@ -59,7 +59,7 @@ def quiet(make, *args):
 
 
 def coco_object(images, categories, boxes):
-    """A pycocotools COCO from lists of dicts (its own loadRes fails on an empty list), or hotcoco's.
+    """A COCO from lists of dicts: hotcoco's, or pycocotools' (whose loadRes fails on no detection).
 
     hotcoco knows no ids but whole numbers.
     """

@@ -88,6 +88,18 @@ def usable_device(name=None):
     return name
 
 
+def peak_memory(device):
+    """Gigabytes that this process has held at most: on the GPU it computes on, else in all."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource                      # which Windows has not
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
 @contextlib.contextmanager
 def main_first(process):
     """Process 0 runs the block first, the others once it is done: it draws, downloads, measures."""
@@ -355,13 +367,14 @@ class Progress:
         steps, elapsed = done - self.logged, time.perf_counter() - self.since
         row = {"step": done, "loss": sum(terms.values()), **values, "lr": lr,
                "images_per_second": steps * self.images / elapsed, "seconds_waiting": self.waited,
-               **positives}
+               "gigabytes": peak_memory(self.process.device), **positives}
         speed = f"{row['images_per_second']:.0f}"
         parts = ", ".join(f"{name} {value:.3f}" for name, value in terms.items())
         gap = positives.get("gap")
         gap = "" if gap is None else f"score gap {gap:.2f}, "
+        memory = "" if row["gigabytes"] is None else f", {row['gigabytes']:.1f} GB"
         self.bar.set_postfix_str(f"loss {row['loss']:.3f} ({parts}), {gap}{speed} img/s, waited "
-                                 f"{self.waited:.1f} s", refresh=False)
+                                 f"{self.waited:.1f} s{memory}", refresh=False)
         if self.log is not None:
             self.log.row(row)
             # without a terminal, a line now and then

@@ -297,10 +297,22 @@ def test_a_row_of_the_log_holds_the_sum_of_the_terms_and_a_speed(tmp_path):
         time.sleep(0.01)
         bar.row(10, VALUES, lr=0.001)
     (row,) = rows(tmp_path / "log.csv")
-    assert list(row) == ["step", "loss", *VALUES, "lr", "images_per_second", "seconds_waiting"]
+    assert list(row) == ["step", "loss", *VALUES, "lr", "images_per_second", "seconds_waiting",
+                         "gigabytes"]
     assert row["step"] == "10" and float(row["loss"]) == 2.0 and float(row["lr"]) == 0.001
     assert float(row["gradient_norm"]) == 7.0
     assert 0 < float(row["images_per_second"]) <= 10 * 4 / 0.01
+
+
+def test_the_memory_of_a_row_is_the_most_that_was_held_and_stays(tmp_path):
+    with progress(runs.Log(tmp_path / "log.csv", 0)) as bar:
+        bar.row(10, VALUES, lr=0.001)
+        before = float(rows(tmp_path / "log.csv")[0]["gigabytes"])
+        held = torch.ones(int(1e9 * (before + 0.2)), dtype=torch.uint8)
+        del held
+        bar.row(20, VALUES, lr=0.001)
+    after = float(rows(tmp_path / "log.csv")[1]["gigabytes"])
+    assert 0.05 < before and before + 0.2 < after < 2 * before + 0.4
 
 
 class Clock:
