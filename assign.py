@@ -50,7 +50,7 @@ class Match(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def match(prediction, targets, cost, assign, progress=0.0):
+def match(prediction, targets, cost, assign, progress=0.0, many=None):
     """The positive samples of a batch: for every layer, a list with a Match per image.
 
         C[q, g] = cost(one, target)        Eq. 2 and 5
@@ -64,6 +64,7 @@ def match(prediction, targets, cost, assign, progress=0.0):
     cost(one, target): (Q, G), from the Prediction of one image and its target
     assign(cost): the strategy, called as it is written, once an image and layer
     progress: how far training is, 0 to 1, for those that ask for it
+    many: cost and strategy of a second branch (losses.many_row), which lies in aux too
 
     Without gradient, in float32, the costs of one image in memory at a time.  Raises AssignError
     with the image if a cost is NaN, a function fails, or its answer is not what it must be.
@@ -73,12 +74,13 @@ def match(prediction, targets, cost, assign, progress=0.0):
     with torch.autocast(prediction.logits.device.type, enabled=False):
         for layer in [prediction, *prediction.aux]:
             matches = []
+            layer_cost, layer_assign = many if layer.many else (cost, assign)
             for n, target in enumerate(targets):
-                C = price(cost, layer.image(n), target, progress)        # (Q, G)
+                C = price(layer_cost, layer.image(n), target, progress)  # (Q, G)
                 nan.append(C.isnan().any())
                 images.append(target["image_id"])
                 try:
-                    matches.append(ask(assign, C, target["image_id"], progress))
+                    matches.append(ask(layer_assign, C, target["image_id"], progress))
                 except AssignError:
                     check_nan(nan, images, prediction)   # NaN explains more than what it led to
                     raise

@@ -98,7 +98,7 @@ def set_loss(prediction, targets, matches, num_objects, micro_batches=1,
 
     Eq. 1 names no weights and no divisor; these are the released code's.  Each decoder layer pays
     the full loss.  Sums are divided by the number of objects, but DETR's softmax loss is a mean
-    over the queries of the micro-batch.
+    over the queries of the micro-batch.  A second branch with K positives an object pays a K-th.
     """
     terms = {"class": 0.0, "l1": 0.0, "giou": 0.0}
     scale = torch.stack([t["size"].flip(0).repeat(2) for t in targets])
@@ -107,20 +107,21 @@ def set_loss(prediction, targets, matches, num_objects, micro_batches=1,
     for layer, layer_matches in zip([prediction, *prediction.aux], matches):
         index, gt, labels = positives(targets, layer_matches)
         boxes, size = layer.boxes[index], scale[index[0]]                    # (K, 4)
+        divisor = num_objects * max(1, layer.many)
 
         if layer.softmax:
             mean = softmax_loss(layer.logits, index, labels, layer_matches)
             terms["class"] += lambda_cls * mean / micro_batches
         else:
             total = focal_loss(layer.logits, index, labels, layer_matches)
-            terms["class"] += lambda_cls * total / num_objects
+            terms["class"] += lambda_cls * total / divisor
 
         giou = generalized_box_iou_loss(boxes, gt, reduction="sum")
-        terms["giou"] += lambda_iou * giou / num_objects
+        terms["giou"] += lambda_iou * giou / divisor
         if layer.centre_l1:                  # DETR compares centres and sizes, in the cost too
             boxes = box_convert(boxes, "xyxy", "cxcywh")
             gt = box_convert(gt, "xyxy", "cxcywh")
-        terms["l1"] += lambda_l1 * (boxes / size - gt / size).abs().sum() / num_objects
+        terms["l1"] += lambda_l1 * (boxes / size - gt / size).abs().sum() / divisor
     return terms
 
 
@@ -322,3 +323,15 @@ def row(flags):
                                  class_cost=flags["class_cost"])
     loss = functools.partial(loss, lambda_cls=flags["lambda_cls"], **lambdas)
     return Row(cost, assign.load_strategy(flags["assign"]), loss)
+
+
+def many_row(flags):
+    """Cost and strategy of the second branch that --many asks for, else None.
+
+    The same cost and its K cheapest predictions an object, or those of another rule, --many-assign.
+    """
+    if not flags.get("many"):
+        return None
+    if flags["many_assign"] == "top-k":
+        return row(flags).cost, functools.partial(assign.top_k, k=flags["many"])
+    return row({**flags, "assign": flags["many_assign"]})[:2]

@@ -16,8 +16,9 @@ and K are our q, g, Q and C; its C with two indices is the matching cost.
 Images come in as uint8 RGB, padded at the right and at the bottom, with a mask that is true on
 padding.
 """
+import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +50,11 @@ class Prediction:
     boxes: torch.Tensor                      # (B, Q, 4)
     candidates: torch.Tensor | None = None   # (Q, 4) anchors, or points as boxes without extent
     strides: torch.Tensor | None = None      # (Q,) stride of the pyramid level of each candidate
-    aux: list = field(default_factory=list)  # of the earlier decoder layers, matched on their own
+    aux: list = field(default_factory=list)  # of earlier layers or a second branch, matched alone
     raw: dict = field(default_factory=dict)  # (B, ...): what only an original recipe needs
     softmax: bool = False                    # DETR: scores are a softmax
     centre_l1: bool = False                  # (Deformable) DETR: L1 compares (cx, cy, w, h)
+    many: int = 0                            # of a second branch: K positives an object
 
     def image(self, n):
         """The Prediction of image n, in float32; of its last layer, without aux."""
@@ -364,6 +366,7 @@ class Detector(nn.Module):
     class_branch = ()                        # modules that only the scores of classes go through
     # of a detector that checkpoints.load has read: its classes, and how pictures become a batch
     class_names, prepare = (), None
+    many = 0                                 # positives an object of a second branch, if it has one
 
     def __init__(self, backbone, pixels="rgb"):
         super().__init__()
@@ -379,6 +382,22 @@ class Detector(nn.Module):
         x = (x - self.mean) / self.std                                # (B, 3, H, W)
         x = x.masked_fill(mask[:, None], 0).contiguous(memory_format=torch.channels_last)
         return self.backbone(x, **options)
+
+    def second_branch(self, many, *layers):
+        """What came after the paper: its one-to-one layers, and beside them one-to-many twins.
+
+        The twins learn from `many` positives an object, so that the features they share do not
+        live on one alone; inference never computes them.  layers: the last ones, initialised
+        """
+        self.many, self.twins = many, nn.ModuleList(map(copy.deepcopy, layers if many else ()))
+
+    def predictions(self, layers, *given):
+        """`predict` behind the last `layers`, and in training behind their twins, as its aux."""
+        prediction = self.predict(*layers, *given)
+        if self.many and self.training:
+            second = self.predict(*self.twins, *given)
+            prediction.aux = [replace(second, many=self.many)]
+        return prediction
 
     def freeze_location(self):
         """Observation 4.1: only the classification sub-net learns from now on.
@@ -461,7 +480,7 @@ class RetinaNet(Detector):
     class_branch = "class_tower", "score"
 
     def __init__(self, backbone, num_classes, width=256, depth=4, extra_levels=2, anchor_scales=3,
-                 tower_norm=False, delta_weights=(1.0, 1.0, 1.0, 1.0), pixels="rgb"):
+                 tower_norm=False, delta_weights=(1.0, 1.0, 1.0, 1.0), many=0, pixels="rgb"):
         super().__init__(backbone, pixels)
         self.anchor_scales = anchor_scales
         self.neck = FPN(backbone, width, extra_levels, self.extra_from)
@@ -475,6 +494,7 @@ class RetinaNet(Detector):
 
         init_heads([self.class_tower, self.box_tower, self.score, self.delta], self.init)
         nn.init.constant_(self.score.bias, PRIOR_BIAS)
+        self.second_branch(many, self.score, self.delta)
 
     def anchors(self, x, stride, images):
         """(9HW, 4): sides 4 * stride * 2^(n / scales), outer; ratios h/w 0.5, 1, 2, inner.
@@ -498,12 +518,17 @@ class RetinaNet(Detector):
                              for side in sides for ratio in (0.5, 1.0, 2.0)])
 
     def forward(self, images, mask):
+        features = self.neck(self.features(images, mask))                     # (B, width, H, W)
+        towers = [(self.class_tower(x), self.box_tower(x)) for x in features]
+        return self.predictions((self.score, self.delta), towers, images)
+
+    def predict(self, last_score, last_delta, towers, images):
+        """Behind the last layers of a branch.  towers: what is in front of them, of each level."""
         logits, deltas, anchors = [], [], []
-        features = self.neck(self.features(images, mask))
-        for x, stride in zip(features, self.strides):                         # (B, width, H, W)
+        for (x, box_features), stride in zip(towers, self.strides):           # (B, width, H, W)
             B = x.shape[0]                      # len(x) is a constant to torch.export
-            score = self.score(self.class_tower(x)).float().permute(0, 2, 3, 1)
-            delta = self.delta(self.box_tower(x)).float().permute(0, 2, 3, 1)
+            score = last_score(x).float().permute(0, 2, 3, 1)
+            delta = last_delta(box_features).float().permute(0, 2, 3, 1)
             anchors.append(self.anchors(x, stride, images))                   # (9HW, 4)
             logits.append(score.reshape(B, len(anchors[-1]), -1))             # (B, 9HW, C)
             deltas.append(delta.reshape(B, -1, 4) / self.delta_weights.float())   # (B, 9HW, 4)
@@ -536,7 +561,7 @@ class FCOS(Detector):
     class_branch = "class_tower", "score"
 
     def __init__(self, backbone, num_classes, width=256, depth=4, extra_levels=2, box_prior=0.0,
-                 pixels="rgb"):
+                 many=0, pixels="rgb"):
         super().__init__(backbone, pixels)
         self.neck = FPN(backbone, width, extra_levels, extra_from="c5")
         self.strides = self.neck.strides
@@ -550,13 +575,19 @@ class FCOS(Detector):
                    nn.init.xavier_uniform_)
         nn.init.constant_(self.score.bias, PRIOR_BIAS)
         nn.init.constant_(self.ltrb.bias, box_prior)
+        self.second_branch(many, self.score, self.ltrb)
 
     def forward(self, images, mask):
+        features = self.neck(self.features(images, mask))                     # (B, width, H, W)
+        towers = [(self.class_tower(x), self.box_tower(x)) for x in features]
+        return self.predictions((self.score, self.ltrb), towers)
+
+    def predict(self, last_score, last_ltrb, towers):
+        """Behind the last layers of a branch.  towers: what is in front of them, of each level."""
         logits, boxes, points = [], [], []
-        features = self.neck(self.features(images, mask))
-        for x, stride, scale in zip(features, self.strides, self.scale):      # (B, width, H, W)
-            score = self.score(self.class_tower(x)).float()                   # (B, C, H, W)
-            ltrb = scale * self.ltrb(self.box_tower(x)).float()
+        for (x, box_features), stride, scale in zip(towers, self.strides, self.scale):
+            score = last_score(x).float()                                     # (B, C, H, W)
+            ltrb = scale * last_ltrb(box_features).float()
             ltrb = F.relu(ltrb) * stride                                      # (B, 4, H, W) pixels
             points.append(grid_points(x, stride, stride // 2))                # (HW, 2)
             logits.append(score.flatten(2).mT)                                # (B, HW, C)
@@ -639,7 +670,7 @@ class CenterNet(Detector):
     """
 
     def __init__(self, backbone, num_classes, neck_widths=(256, 128, 64), deform=True,
-                 box_prior=0.0, pixels="rgb"):
+                 box_prior=0.0, many=0, pixels="rgb"):
         super().__init__(backbone, pixels)
         self.neck = DeconvNeck(backbone, neck_widths, deform, laterals=True)
         self.strides = (self.neck.stride,)
@@ -652,14 +683,18 @@ class CenterNet(Detector):
         init_heads([self.neck, self.trunk, self.score, self.ltrb], nn.init.xavier_uniform_)
         nn.init.constant_(self.score.bias, PRIOR_BIAS)
         nn.init.constant_(self.ltrb.bias, box_prior * self.neck.stride)
+        self.second_branch(many, self.score, self.ltrb)
 
     def forward(self, images, mask):
         x = self.neck(self.features(images, mask))                            # (B, width, H, W)
+        return self.predictions((self.score, self.ltrb), F.relu(self.trunk(x)))
+
+    def predict(self, last_score, last_ltrb, x):
+        """Behind the last layers of a branch.  x: (B, width, H, W), what is in front of them."""
         (stride,) = self.strides
         points, strides = join_levels([grid_points(x, stride, stride // 2)], self.strides)
-        x = F.relu(self.trunk(x))
-        logits = self.score(x).float().flatten(2).mT                          # (B, HW, C)
-        ltrb = F.relu(self.ltrb(x).float()).flatten(2).mT                     # (B, HW, 4) pixels
+        logits = last_score(x).float().flatten(2).mT                          # (B, HW, C)
+        ltrb = F.relu(last_ltrb(x).float()).flatten(2).mT                     # (B, HW, 4) pixels
         return Prediction(logits, ltrb_to_xyxy(points, ltrb), points.repeat(1, 2), strides)
 
 

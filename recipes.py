@@ -35,7 +35,7 @@ DENSE = ("retinanet", "centernet", "fcos")
 EVERYWHERE = {
     "backbone_weights": "none", "resnet": "torchvision",
     "assign": ROWS["one-to-one"][1], "location_cost": "predicted", "lambda_cls": LAMBDA_CLS,
-    "lambda_l1": LAMBDA_L1, "lambda_iou": LAMBDA_IOU,
+    "lambda_l1": LAMBDA_L1, "lambda_iou": LAMBDA_IOU, "many_assign": "top-k",
     "flip": 0.5, "crop": 0.0, "square": 0, "colours": 0.0, "shift": 0, "round_down": False,
     "skip_empty": False, "drop_bad_boxes": False,
     "accumulate": 1, "backbone_lr_factor": 1.0, "weight_decay": 1e-4, "momentum": 0.9,
@@ -164,8 +164,9 @@ RECIPES["crowdhuman"] = {
 def options_of(detector, one_to_many=False):
     """The flags that a detector's constructor knows, with its defaults."""
     known = inspect.signature(checkpoints.detector_class(detector, one_to_many)).parameters
+    inherited = ("many",) if one_to_many else ()         # by RetinaNet's original form
     return {name: list(p.default) if type(p.default) is tuple else p.default
-            for name, p in known.items() if name in OPTIONS}
+            for name, p in known.items() if name in OPTIONS and name not in inherited}
 
 
 def recipe(data_set, detector, one_to_many=False):
@@ -219,6 +220,7 @@ def make_parser(description=None):
               "[--data S] [flags below]")
     add_paper_flags(parser.add_argument_group("the paper's axes (3.1 to 3.3, Tables 1 and 2)"))
     data.add_data_flags(parser.add_argument_group("data"))
+    add_later_flags(parser.add_argument_group("what came after the paper"))
     add_optimisation_flags(parser.add_argument_group("optimisation"))
     add_picture_flags(parser.add_argument_group("pictures"))
     add_detector_flags(parser.add_argument_group("options of the detectors, of those named"))
@@ -243,6 +245,15 @@ def add_paper_flags(g):
         g.add_argument(f"--lambda-{name}", **X, help="weight of its term in the loss and in the "
                        f"cost, Eq. 1, 4 and 5 (default: {default})"
                        + ("; not in the cost of points" if name == "iou" else ""))
+
+
+def add_later_flags(g):
+    g.add_argument("--many", **N, help="RetinaNet, CenterNet, FCOS, one-to-one: a second last layer "
+                   "for scores and boxes learns from the N cheapest predictions of each object by "
+                   "the same cost, its losses divided by N; inference never computes it (default "
+                   "0: off, the paper)")
+    g.add_argument("--many-assign", metavar="A", help="its strategy instead, of those of --assign, "
+                   "with that one's cost (default: top-k)")
 
 
 def add_optimisation_flags(g):
@@ -379,7 +390,7 @@ def names_of(add_flags):
     return set(vars(parser.parse_args([])))
 
 
-OPTIONS = names_of(add_detector_flags)
+OPTIONS = names_of(add_detector_flags) | {"many"}
 # the machine, paths (the pictures' ids must agree), and what is written
 FREE_ON_RESUME = {"out", "resume", "init", "device", "workers", "accumulate", "data_dir",
                   "train_json", "train_images", "val_json", "val_images", "log_every",
@@ -403,8 +414,10 @@ def not_concerned(name, flags):
                  if d not in fits and name in options_of(d, one_to_many=True)]
         return f"does not concern {detector}; it goes with {', '.join(fits)}"
     if one_to_many and name in ("cost", "class_cost", "location_cost", "lambda_cls", "lambda_l1",
-                                "lambda_iou"):
+                                "lambda_iou", "many_assign"):
         return "does not concern --assign one-to-many, the detector's original rule and losses"
+    if name == "many_assign" and not flags.get("many"):
+        return "does not concern a run without --many"
     if flags.get("cost") and name in ("class_cost", "location_cost"):
         return f"does not concern --cost {flags['cost']}, which is the whole cost"
     rule = flags["assign"]
@@ -521,7 +534,7 @@ def remember_own_files(flags):
 RANGES = {
     **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "checkpoint_every",
                      "max_dets"), (1, 10 ** 9)),
-    **dict.fromkeys(("eval_every", "warmup_steps", "milestones"), (0, 10 ** 9)),
+    **dict.fromkeys(("eval_every", "warmup_steps", "milestones", "many"), (0, 10 ** 9)),
     **dict.fromkeys(("train_sizes", "train_longest", "test_longest", "width", "hidden", "queries",
                      "dynamic", "roi_size", "neck_widths"), (1, 10 ** 5)),
     **dict.fromkeys(("square", "shift", "test_size"), (0, 10 ** 5)),
@@ -605,6 +618,8 @@ def headline(flags, num_pictures, num_classes):
             cost = f"IoU with {location} boxes" if location else "area around points"
         rule = (f"{kinds.get(flags['assign'], flags['assign'])} positive sample assignment, "
                 f"matching cost = {cost}")
+        if flags.get("many"):
+            rule += f", and a second branch with {flags['many']} positives an object"
     return (f"{NAMES[flags['detector']]} ({flags['backbone']}) with {rule}; {flags['data']}, "
             f"{num_pictures} pictures, {num_classes} classes, {flags['steps']} steps")
 
@@ -617,4 +632,5 @@ def run_name(flags):
             rule += "-" + flags["cost"].replace("/", "_").replace(":", "-")
         for name, value in (("location_cost", "-{}"), ("class_cost", "-class{:g}")):
             rule += value.format(flags[name]) if name in flags else ""
+        rule += f"-many{flags['many']}" if flags.get("many") else ""
     return f"{flags['data']}-{flags['detector']}-{rule}"

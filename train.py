@@ -335,7 +335,7 @@ def train(flags, checkpoint, given, process):
     model = build_model(flags, checkpoint, classes, process)
     torch.manual_seed(flags["seed"] + process.rank)      # dropout differs from process to process
     model.to(device).train()
-    cost, strategy, loss = losses.row(flags)
+    cost, strategy, loss, many = *losses.row(flags), losses.many_row(flags)
     optimizer = make_optimizer(model, flags, device)
     network = distributed(model, process)
 
@@ -379,7 +379,7 @@ def train(flags, checkpoint, given, process):
 
                 with told_with_step(step, numbers):
                     # the paper, Eq. 2 to 5
-                    matches = match(prediction, targets, cost, strategy, step / steps)
+                    matches = match(prediction, targets, cost, strategy, step / steps, many)
                 watch.note(prediction, targets, matches[0])
                 if n == 0 and numbers:                   # matching has just waited for the device
                     stop = numbers.read()["interrupted"] > 0
@@ -427,6 +427,7 @@ def main(argv=None):
                 flags["precision"] = runs.native_precision(process.device)
             recipes.check_flags(flags, process.world)
             losses.row(flags)                # a wrong name is told before anything is written
+            losses.many_row(flags)
             if not checkpoint:
                 name = recipes.run_name(flags)
                 flags["out"] = runs.claim_folder(flags.get("out"), name, process)

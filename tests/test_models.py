@@ -455,12 +455,13 @@ def test_half_precision_is_left_behind_by_the_prediction_of_one_image():
 TOWERS = {"width": 256, "depth": 4, "extra_levels": 2}
 PUBLISHED = {       # the fact sheet's tables of the architectures
     models.RetinaNet: {**TOWERS, "anchor_scales": 3, "tower_norm": False,
-                       "delta_weights": (1, 1, 1, 1)},
+                       "delta_weights": (1, 1, 1, 1), "many": 0},
     models.OriginalRetinaNet: {**TOWERS, "anchor_scales": 3, "tower_norm": False,
-                               "delta_weights": (1, 1, 1, 1)},
-    models.FCOS: {**TOWERS, "box_prior": 0},
+                               "delta_weights": (1, 1, 1, 1), "many": 0},
+    models.FCOS: {**TOWERS, "box_prior": 0, "many": 0},
     models.OriginalFCOS: {**TOWERS, "box_prior": 0},
-    models.CenterNet: {"neck_widths": (256, 128, 64), "deform": True, "box_prior": 0},
+    models.CenterNet: {"neck_widths": (256, 128, 64), "deform": True, "box_prior": 0,
+                       "many": 0},
     models.OriginalCenterNet: {"neck_widths": (256, 128, 64), "deform": True, "laterals": False,
                                "box_prior": 0},
 }

@@ -1,0 +1,108 @@
+"""A second branch in training (--many): K positives an object beside the one, for the features."""
+import pytest
+import torch
+
+import assign
+import checkpoints
+import losses
+import recipes
+import train
+
+OPTIONS = {"retinanet": {"width": 16, "depth": 1, "extra_levels": 0, "anchor_scales": 1},
+           "centernet": {"neck_widths": (16, 16), "deform": False},
+           "fcos": {"width": 16, "depth": 1, "extra_levels": 0}}
+FLAGS = {"assign": "hungarian", "location_cost": "predicted", "class_cost": 2.0, "lambda_cls": 2.0,
+         "lambda_l1": 5.0, "lambda_iou": 2.0, "many_assign": "top-k"}
+
+
+def detector(name, many):
+    torch.manual_seed(0)
+    return checkpoints.build(name, 3, "tiny", **OPTIONS[name], many=many).train()
+
+
+def pictures():
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    targets = [{"boxes": torch.tensor([[4.0, 8, 40, 50], [20, 20, 60, 62]]), "image_id": n,
+                "labels": torch.tensor([0, 2]), "size": torch.tensor([64, 64])} for n in range(2)]
+    return images, torch.zeros(2, 64, 64, dtype=torch.bool), targets
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_branch_is_there_in_training_alone_and_learns_in_layers_of_its_own(name):
+    images, mask, _ = pictures()
+    plain, model = detector(name, 0), detector(name, 4)
+    assert not plain(images, mask).aux
+    # the same weights but for the twins, which start as their originals
+    assert {key for key in model.state_dict() if not key.startswith("twins.")} == set(
+        plain.state_dict())
+    prediction = model(images, mask)
+    (second,) = prediction.aux
+    assert second.many == 4 and prediction.many == 0
+    assert torch.equal(second.logits, prediction.logits) and len(second.boxes) == 2
+    second.logits.sum().backward()
+    assert all(p.grad is None for p in model.score.parameters())
+    assert all(p.grad is not None for p in model.twins[0].parameters())
+    assert not model.eval()(images, mask).aux
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_object_has_its_k_cheapest_there_and_they_weigh_a_kth(name):
+    """Cheapest by Eq. 5, sorted whole; a prediction that two objects want goes to the cheaper."""
+    K, flags = 3, {**FLAGS, "detector": name, "many": 3}
+    images, mask, targets = pictures()
+    model = detector(name, K)
+    torch.nn.init.normal_(model.twins[0].weight, std=0.1)        # so that the branches differ
+    prediction = model(images, mask)
+    cost, strategy, loss = losses.row(flags)
+    matches = assign.match(prediction, targets, cost, strategy, many=losses.many_row(flags))
+    assert [len(m.prediction) for m in matches[0]] == [2, 2]
+
+    second = prediction.aux[0]
+    for n, (target, m) in enumerate(zip(targets, matches[1])):
+        C = assign.matching_cost(second.image(n), target).double()
+        wanted = C.argsort(0)[:K]                                # (K, G)
+        expected = {}
+        for g in range(2):
+            for q in wanted[:, g].tolist():
+                if q not in expected or C[q, g] < C[q, expected[q]]:
+                    expected[q] = g
+        assert dict(zip(m.prediction.tolist(), m.object.tolist())) == expected
+
+    objects = torch.tensor(4.0)
+    both = loss(prediction, targets, matches, objects)
+    prediction.aux = []
+    one = loss(prediction, targets, matches[:1], objects)
+    second.many = 0
+    other = loss(second, targets, matches[1:], objects)
+    for term in both:
+        assert torch.allclose(both[term], one[term] + other[term] / K)
+
+
+def test_another_rule_brings_its_own_cost():
+    flags = {**FLAGS, "detector": "fcos", "many": 3, "many_assign": "one-to-many-points"}
+    assert losses.many_row(flags) == (assign.fcos_area_cost, assign.one_to_many_points)
+    assert losses.many_row({**FLAGS, "detector": "fcos", "many": 0}) is None
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("--detector detr --many 3", "--many does not concern detr"),
+    ("--detector retinanet --assign one-to-many --many 3", "--many does not concern retinanet"),
+    ("--many-assign top-k", "--many-assign does not concern a run without --many"),
+])
+def test_it_is_refused_where_it_has_nothing_to_say(words, sentence):
+    with pytest.raises(recipes.UsageError, match=sentence):
+        recipes.effective_flags(vars(recipes.make_parser().parse_args(words.split())))
+
+
+def test_it_trains_and_its_checkpoint_detects_without_it(tiny_scenes, tmp_path, command):
+    out = tmp_path / "run"
+    words = (f"--data-dir {tiny_scenes} --out {out} --steps 2 --batch-size 4 --many 3 --width 16 "
+             f"--depth 1").split()
+    code, text, _ = command(train, *words)
+    assert code == 0 and "a second branch with 3 positives an object" in text
+    model, _ = checkpoints.load(out)
+    picture = next((tiny_scenes / "val").iterdir())
+    before = model.detect(picture)
+    for parameter in model.twins.parameters():
+        parameter.data.fill_(float("nan"))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.detect(picture)))
