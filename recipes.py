@@ -248,10 +248,10 @@ def add_paper_flags(g):
 
 
 def add_later_flags(g):
-    g.add_argument("--many", **N, help="RetinaNet, CenterNet, FCOS, one-to-one: a second last layer "
-                   "for scores and boxes learns from the N cheapest predictions of each object by "
-                   "the same cost, its losses divided by N; inference never computes it (default "
-                   "0: off, the paper)")
+    g.add_argument("--many", **N, help="RetinaNet, CenterNet, FCOS, one-to-one: second last layers "
+                   "for scores and boxes learn from the N cheapest predictions of each object by "
+                   "the same cost, their losses divided by N; inference never computes them "
+                   "(default 0: off, the paper)")
     g.add_argument("--many-assign", metavar="A", help="its strategy instead, of those of --assign, "
                    "with that one's cost (default: top-k)")
 
