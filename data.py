@@ -212,7 +212,8 @@ def resize(image, boxes, shortest, longest, round_down=False):
 
 def clip(boxes, width, height):
     """Boxes cut at the picture's edges, and which still have extent (1e-5 as detectron2)."""
-    boxes = boxes.clip(0, np.float32([width, height, width, height]))
+    limit = np.float32([width, height, width, height])
+    boxes = np.minimum(np.maximum(boxes, 0), limit)      # of a few rows in a third of clip's time
     return boxes, (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(1)
 
 
@@ -327,8 +328,8 @@ class Transform:
         rows = np.concatenate([boxes, np.float32([[0, 0, W, H]])])
         if rng.random() < self.flip:
             image = image.flip(2)
-            rows[:, [0, 2]] = W - rows[:, [2, 0]]
-            rows[-1] = rows[-1, [2, 1, 0, 3]]            # its left edge now lies at the right
+            rows[:, 0::2] = W - rows[:, 2::-2]
+            rows[-1, 0::2] = rows[-1, 2::-2].copy()      # its left edge now lies at the right
 
         if rng.random() < self.crop:
             shortest = int(rng.choice([400, 500, 600]))
@@ -390,7 +391,7 @@ class Pictures(Dataset):
         epoch, i = key
         a = self.annotations
         rows = slice(int(a.first[i]), int(a.first[i + 1]))
-        boxes, labels, crowd = (t[rows].numpy() for t in (a.boxes, a.labels, a.crowd))
+        boxes, labels, crowd = (t.numpy()[rows] for t in (a.boxes, a.labels, a.crowd))
         rng = np.random.default_rng((self.seed, epoch, i))
         view = self.transform(self.pixels(i), boxes, rng)
         target = view.kept & ~crowd
