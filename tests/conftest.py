@@ -1,4 +1,5 @@
 """Shared by all tests: the import path, the option for a strategy of your own, a few pictures."""
+import socket
 import sys
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def tiny_scenes(tmp_path_factory):
     """A folder with a small scenes data set: 24 pictures to train on, 7 to evaluate."""
     folder = tmp_path_factory.mktemp("scenes")
     return scenes.write(folder, seed=0, counts={"train": 24, "val": 7})
+
+
+@pytest.fixture
+def port():
+    """A port that is free, in words: tests with processes of their own may run side by side."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -98,13 +98,13 @@ def mine(cost, progress):
 """
 
 
-def test_a_process_that_is_killed_is_started_again_and_all_go_on(tiny_scenes, tmp_path):
+def test_a_process_that_is_killed_is_started_again_and_all_go_on(tiny_scenes, tmp_path, port):
     """torchrun restarts all of them; the line of the innocent one is one line."""
     (tmp_path / "my.py").write_text(KILL_ONCE.format(marker=str(tmp_path / "killed")))
     arguments = [*flags(tiny_scenes, out=tmp_path / "run", assign=f"{tmp_path / 'my.py'}:mine"),
                  "--resume", "auto"]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                           "--max-restarts", "1", "--master-port", "29519",
+                           "--max-restarts", "1", "--master-port", port,
                            str(ROOT / "train.py"), *arguments],
                           capture_output=True, text=True, cwd=tmp_path,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -114,7 +114,7 @@ def test_a_process_that_is_killed_is_started_again_and_all_go_on(tiny_scenes, tm
     assert steps(tmp_path / "run" / "log.csv") == list(range(1, 9))
 
 
-def test_under_torchrun_the_sentence_is_the_last_thing_said(tiny_scenes, tmp_path):
+def test_under_torchrun_the_sentence_is_the_last_thing_said(tiny_scenes, tmp_path, port):
     """A picture that only evaluation reads is broken: one process finds it, the other waits."""
     shutil.copytree(tiny_scenes / "val", tmp_path / "val")
     broken = sorted((tmp_path / "val").iterdir())[3]
@@ -122,7 +122,7 @@ def test_under_torchrun_the_sentence_is_the_last_thing_said(tiny_scenes, tmp_pat
     arguments = flags(tiny_scenes, steps=2, out=tmp_path / "run", workers=2,
                       **{"val-images": tmp_path / "val"})
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                           "--master-port", "29521", str(ROOT / "train.py"), *arguments],
+                           "--master-port", port, str(ROOT / "train.py"), *arguments],
                           capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode != 0

@@ -225,7 +225,7 @@ def table_1(scenes, out, *extra):
 
 def test_rows_train_and_one_that_was_killed_goes_on_and_is_not_trained_twice(
         tiny_scenes, tmp_path, command, monkeypatch):
-    """Killed in step 6, two steps after its checkpoint; a sitting of 3 minutes is known."""
+    """Killed in step 6, two steps after its checkpoint; a sitting of 30 minutes is known."""
     folder = tmp_path / "scenes-fcos-one-to-many-seed0"
     real, calls = train.match, []
 
@@ -239,7 +239,7 @@ def test_rows_train_and_one_that_was_killed_goes_on_and_is_not_trained_twice(
     with pytest.raises(KeyError):
         train.main(["--data-dir", str(tiny_scenes), *TINY, "--assign", "one-to-many", "--seed",
                     "0", "--data", "scenes", "--detector", "fcos", "--out", str(folder)])
-    (folder / "minutes.txt").write_text("3.0 OMP_NUM_THREADS=2\n")
+    (folder / "minutes.txt").write_text("30.0 OMP_NUM_THREADS=2\n")
     code, said, error = command(tables, *table_1(tiny_scenes, tmp_path))
     assert code in (0, 1) and not error, error
     assert "3 runs, 3 of them to train, 2 at a time" in said and "0 to go" in said
@@ -247,7 +247,7 @@ def test_rows_train_and_one_that_was_killed_goes_on_and_is_not_trained_twice(
     steps = [line.split(",")[0] for line in (folder / "log.csv").read_text().splitlines()]
     assert steps == ["step", *map(str, range(1, 9))]
     sittings = runs.sittings(folder)
-    assert len(sittings) == 2 and sittings[1][0] < 1
+    assert len(sittings) == 2 and sittings[1][0] < 30
     assert "without NMS" in (folder / "output.txt").read_text() or (
         "AP(+NMS)" in (folder / "output.txt").read_text())
 
@@ -281,7 +281,7 @@ def test_a_request_to_end_lets_the_rows_save_their_step(tiny_scenes, tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "tables.py"), *words],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     checkpoints = ()
-    for _ in range(600):
+    for _ in range(3000):                    # a busy machine takes minutes
         time.sleep(0.1)
         checkpoints = list(tmp_path.glob("*/last.pt"))
         if len(checkpoints) == 2:

@@ -228,9 +228,9 @@ def test_resume_refuses_changed_flags_by_name_and_touches_nothing(tiny_scenes, t
     assert before == {file.name: file.read_bytes() for file in out.iterdir()}
 
 
-def run_processes(count, arguments):
+def run_processes(count, port, arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
-               "--master-port", "29517", str(ROOT / "train.py"), *arguments]
+               "--master-port", port, str(ROOT / "train.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
@@ -252,11 +252,11 @@ def descent(tmp_path):
 
 @pytest.mark.parametrize("assign", ["hungarian", "one-to-many"])
 def test_two_processes_compute_the_losses_and_gradients_of_one(
-        tiny_scenes, tmp_path, descent, assign):
+        tiny_scenes, tmp_path, descent, port, assign):
     """And evaluation of the 7 pictures, an odd number, counts each once: the same detections."""
     descent["assign"] = assign
     train.main(flags(tiny_scenes, out=tmp_path / "one", **descent))
-    run_processes(2, flags(tiny_scenes, out=tmp_path / "two", **descent))
+    run_processes(2, port, flags(tiny_scenes, out=tmp_path / "two", **descent))
 
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in one["model"].items():
@@ -280,11 +280,13 @@ def test_two_processes_compute_the_losses_and_gradients_of_one(
     ("sparse-rcnn", []),
     ("centernet", []),
 ])
-def test_every_kind_of_detector_trains_in_two_processes(tiny_scenes, tmp_path, detector, more):
+def test_every_kind_of_detector_trains_in_two_processes(
+        tiny_scenes, tmp_path, port, detector, more):
     """No parameter may be left without a gradient,
     on which the processes would wait for each other in the second step.
     """
-    run_processes(2, flags(tiny_scenes, out=tmp_path / "run", detector=detector, steps=3) + more)
+    words = flags(tiny_scenes, out=tmp_path / "run", detector=detector, steps=3)
+    run_processes(2, port, words + more)
     assert len(rows(tmp_path / "run" / "log.csv")) == 3
 
 
