@@ -223,6 +223,9 @@ def load_weights(model, file, spared=()):
         raise CheckpointError(f"{file}: none of its {len(given)} entries fits this detector; it is "
                               f"of another detector or not a checkpoint of train.py")
     model.load_state_dict(fits, strict=False)
+    missing = [k for k in own if k not in fits]
+    if any(k.startswith("twins.") for k in missing):
+        model.second_branch(model.many, *model.last)     # as they always start
     return [k for k in own if k not in given], [k for k in given if k not in own], shapes
 
 

@@ -137,7 +137,7 @@ def crowd_metrics(pictures, detections, max_dets=500, jaccard=True):
         indices = np.array(indices)                          # (pictures, thresholds)
         known = ~np.isnan(indices)
         ji = (np.where(known, indices, 0).sum(0) / known.sum(0).clip(1)).max()
-        figures["JI"] = round(100 * float(ji), 4)
+        figures["JI"] = round(100 * float(ji), 4) if known.any() else -1.0
     return figures
 
 

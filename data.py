@@ -8,7 +8,8 @@ to the device, where the model normalises them; in memory the colours of a pixel
 as they were decoded, also in a batch: rows are copied whole.
 
 A target is a dict: boxes (G, 4) xyxy in pixels of the resized picture, labels (G,) in 0...C-1,
-image_id, size (2,) resized height and width, original_size (2,), ignore (I, 4) crowd regions in
+objects (G,) their numbers among the picture's boxes, image_id, size (2,) resized height and width,
+original_size (2,), frame (4,) where the original's edges lie, ignore (I, 4) crowd regions, both in
 pixels of the resized picture.  A picture without objects is an ordinary picture.
 """
 import functools
@@ -278,6 +279,7 @@ MEAN_COLOUR = 124, 116, 104                      # what becomes 0 in the network
 def shift(image, boxes, dx, dy):
     """Everything moves right by dx and down by dy pixels; the mean colour fills the gap."""
     H, W = image.shape[1:]
+    dx, dy = max(-W, min(W, dx)), max(-H, min(H, dy))    # further there is nothing left
     row = np.tile(np.uint8(MEAN_COLOUR), W)
     moved = np.tile(row, (H, 1)).reshape(H, W, 3)
     moved[max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = image.permute(1, 2, 0).numpy()[
@@ -338,7 +340,9 @@ class Transform:
             w, h = (int(rng.integers(min(side, 384), min(side, 600) + 1)) for side in (W, H))
             x = int(rng.integers(W - w + 1))
             y = int(rng.integers(H - h + 1))
-            image = image[:, y:y + h, x:x + w]
+            # a copy, with the colours last again: views of it are slower to resize and to batch
+            window = image[:, y:y + h, x:x + w].permute(1, 2, 0)
+            image = as_tensor(np.ascontiguousarray(window.numpy()))
             rows = rows - np.float32([x, y, x, y])
             rows[:-1], inside = clip(rows[:-1], w, h)
             kept = kept & inside

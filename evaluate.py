@@ -15,7 +15,6 @@ AP is pycocotools': box IoU 0.50 to 0.95, 101 recall points, the 100 best detect
 import argparse
 import contextlib
 import io
-import sys
 from pathlib import Path
 
 import numpy as np

@@ -118,7 +118,8 @@ def row_name(run, with_seed=True):
         if "class_cost" in flags:                    # else the rule judges what it was made for
             rule += ", class cost, " if flags["class_cost"] else ", location only, "
             rule += flags["location_cost"].replace("predefined", "pre-defined")
-        rule += f", {flags['many']} beside it" if flags.get("many") else ""
+        if flags.get("many"):
+            rule += f", {flags['many']} beside it by {flags['many_assign']}"
     seed = f", seed {flags['seed']}" if flags["seed"] and with_seed else ""
     return f"{flags['detector']}, {rule}{seed}"
 

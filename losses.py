@@ -85,6 +85,8 @@ def softmax_loss(logits, index, labels, matches, no_object=0.1):
     target[index] = labels
     for n, m in enumerate(matches):
         target[n, m.ignored] = -100          # cross_entropy's own mark for what does not count
+    if any(len(m.ignored) for m in matches) and (target < 0).all():
+        return 0 * logits.sum()              # a mean over nothing would be NaN
     weight = logits.new_ones(logits.shape[2])
     weight[-1] = no_object
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight)
@@ -98,7 +100,8 @@ def set_loss(prediction, targets, matches, num_objects, micro_batches=1,
 
     Eq. 1 names no weights and no divisor; these are the released code's.  Each decoder layer pays
     the full loss.  Sums are divided by the number of objects, but DETR's softmax loss is a mean
-    over the queries of the micro-batch.  A second branch with K positives an object pays a K-th.
+    over the queries of the micro-batch.  A second branch with K positives an object pays a K-th,
+    its negatives too.
     """
     terms = {"class": 0.0, "l1": 0.0, "giou": 0.0}
     scale = torch.stack([t["size"].flip(0).repeat(2) for t in targets])
@@ -332,6 +335,8 @@ def many_row(flags):
     """
     if not flags.get("many"):
         return None
-    if flags["many_assign"] == "top-k":
+    rule = flags["many_assign"]
+    if rule == "top-k":
         return row(flags).cost, functools.partial(assign.top_k, k=flags["many"])
-    return row({**flags, "assign": flags["many_assign"]})[:2]
+    strategy = assign.load_strategy(rule, "--many-assign")
+    return row({**flags, "assign": rule}).cost, strategy

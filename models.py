@@ -50,7 +50,7 @@ class Prediction:
     boxes: torch.Tensor                      # (B, Q, 4)
     candidates: torch.Tensor | None = None   # (Q, 4) anchors, or points as boxes without extent
     strides: torch.Tensor | None = None      # (Q,) stride of the pyramid level of each candidate
-    aux: list = field(default_factory=list)  # of earlier layers or a second branch, matched alone
+    aux: list = field(default_factory=list)  # earlier layers or a second branch, each matched
     raw: dict = field(default_factory=dict)  # (B, ...): what only an original recipe needs
     softmax: bool = False                    # DETR: scores are a softmax
     centre_l1: bool = False                  # (Deformable) DETR: L1 compares (cx, cy, w, h)
@@ -383,17 +383,19 @@ class Detector(nn.Module):
         x = x.masked_fill(mask[:, None], 0).contiguous(memory_format=torch.channels_last)
         return self.backbone(x, **options)
 
-    def second_branch(self, many, *layers):
-        """What came after the paper: its one-to-one layers, and beside them one-to-many twins.
+    def second_branch(self, many, *last):
+        """Copies of the last layers (twins), which train beside them.  Not in the paper.
 
-        The twins learn from `many` positives an object, so that the features they share do not
-        live on one alone; inference never computes them.  layers: the last ones, initialised
+        They learn from `many` positives an object, so that the features in front of both are not
+        trained by one positive alone; inference never computes them.  last: the layers' names
         """
-        self.many, self.twins = many, nn.ModuleList(map(copy.deepcopy, layers if many else ()))
+        self.many, self.last = many, last
+        layers = [getattr(self, name) for name in last]
+        self.twins = nn.ModuleList(map(copy.deepcopy, layers if many else ()))
 
-    def predictions(self, layers, *given):
-        """`predict` behind the last `layers`, and in training behind their twins, as its aux."""
-        prediction = self.predict(*layers, *given)
+    def predictions(self, *given):
+        """`predict` behind the last layers, and in training behind their twins, as its aux."""
+        prediction = self.predict(*(getattr(self, name) for name in self.last), *given)
         if self.many and self.training:
             second = self.predict(*self.twins, *given)
             prediction.aux = [replace(second, many=self.many)]
@@ -494,7 +496,7 @@ class RetinaNet(Detector):
 
         init_heads([self.class_tower, self.box_tower, self.score, self.delta], self.init)
         nn.init.constant_(self.score.bias, PRIOR_BIAS)
-        self.second_branch(many, self.score, self.delta)
+        self.second_branch(many, "score", "delta")
 
     def anchors(self, x, stride, images):
         """(9HW, 4): sides 4 * stride * 2^(n / scales), outer; ratios h/w 0.5, 1, 2, inner.
@@ -520,7 +522,7 @@ class RetinaNet(Detector):
     def forward(self, images, mask):
         features = self.neck(self.features(images, mask))                     # (B, width, H, W)
         towers = [(self.class_tower(x), self.box_tower(x)) for x in features]
-        return self.predictions((self.score, self.delta), towers, images)
+        return self.predictions(towers, images)
 
     def predict(self, last_score, last_delta, towers, images):
         """Behind the last layers of a branch.  towers: what is in front of them, of each level."""
@@ -575,12 +577,12 @@ class FCOS(Detector):
                    nn.init.xavier_uniform_)
         nn.init.constant_(self.score.bias, PRIOR_BIAS)
         nn.init.constant_(self.ltrb.bias, box_prior)
-        self.second_branch(many, self.score, self.ltrb)
+        self.second_branch(many, "score", "ltrb")
 
     def forward(self, images, mask):
         features = self.neck(self.features(images, mask))                     # (B, width, H, W)
         towers = [(self.class_tower(x), self.box_tower(x)) for x in features]
-        return self.predictions((self.score, self.ltrb), towers)
+        return self.predictions(towers)
 
     def predict(self, last_score, last_ltrb, towers):
         """Behind the last layers of a branch.  towers: what is in front of them, of each level."""
@@ -683,11 +685,11 @@ class CenterNet(Detector):
         init_heads([self.neck, self.trunk, self.score, self.ltrb], nn.init.xavier_uniform_)
         nn.init.constant_(self.score.bias, PRIOR_BIAS)
         nn.init.constant_(self.ltrb.bias, box_prior * self.neck.stride)
-        self.second_branch(many, self.score, self.ltrb)
+        self.second_branch(many, "score", "ltrb")
 
     def forward(self, images, mask):
         x = self.neck(self.features(images, mask))                            # (B, width, H, W)
-        return self.predictions((self.score, self.ltrb), F.relu(self.trunk(x)))
+        return self.predictions(F.relu(self.trunk(x)))
 
     def predict(self, last_score, last_ltrb, x):
         """Behind the last layers of a branch.  x: (B, width, H, W), what is in front of them."""

@@ -248,12 +248,13 @@ def add_paper_flags(g):
 
 
 def add_later_flags(g):
-    g.add_argument("--many", **N, help="RetinaNet, CenterNet, FCOS, one-to-one: second last layers "
-                   "for scores and boxes learn from the N cheapest predictions of each object by "
-                   "the same cost, their losses divided by N; inference never computes them "
-                   "(default 0: off, the paper)")
-    g.add_argument("--many-assign", metavar="A", help="its strategy instead, of those of --assign, "
-                   "with that one's cost (default: top-k)")
+    g.add_argument("--many", **N, help="RetinaNet, CenterNet, FCOS, one-to-one: in training "
+                   "copies of the last layers (scores, boxes) learn beside them from the N "
+                   "cheapest predictions of each object; their loss is divided by N; not used "
+                   "afterwards (default 0: off, as in the paper)")
+    g.add_argument("--many-assign", metavar="A", help="the copies learn by this strategy, with its "
+                   "cost, instead of the N cheapest; the values of --assign but one-to-many; N "
+                   "then only divides their loss (default: top-k)")
 
 
 def add_optimisation_flags(g):
@@ -416,6 +417,9 @@ def not_concerned(name, flags):
     if one_to_many and name in ("cost", "class_cost", "location_cost", "lambda_cls", "lambda_l1",
                                 "lambda_iou", "many_assign"):
         return "does not concern --assign one-to-many, the detector's original rule and losses"
+    if name in ("many", "many_assign") and flags["assign"] in ("one-to-many-iou",
+                                                              "one-to-many-points"):
+        return f"does not concern --assign {flags['assign']}, which is one-to-many already"
     if name == "many_assign" and not flags.get("many"):
         return "does not concern a run without --many"
     if flags.get("cost") and name in ("class_cost", "location_cost"):
@@ -520,7 +524,7 @@ def remember_own_files(flags):
 
     Raises UsageError if such a file is not what it was when the run began.
     """
-    for name in ("assign", "cost"):
+    for name in ("assign", "cost", "many_assign"):
         own, known = str(flags.get(name)), flags.get(f"{name}_sha256")
         if ":" in own and Path(own.rpartition(":")[0]).is_file():        # else losses.row tells it
             flags[f"{name}_sha256"] = ideas.digest(own)
@@ -573,18 +577,27 @@ def check_flags(flags, world):
         raise UsageError(f"--batch-size {flags['batch_size']}: must be a multiple of {world} "
                          f"process(es) x {flags['accumulate']} micro-batch(es)")
 
-    detector, rule = flags["detector"], flags["assign"]
+    if flags.get("freeze") == "location" and flags.get("many"):
+        raise UsageError("--freeze location trains the classification sub-net alone, --many a "
+                         "second branch beside it: give one of them")
+
+    detector = flags["detector"]
     predefined = flags.get("location_cost") == "predefined"
     # of the group norms; the heads of attention divide both
     groups = 8 if detector in DENSE and flags.get("width", 0) < 256 else 32
     if flags.get("width", 0) % groups:
         raise UsageError(f"--width {flags['width']}: must be a multiple of {groups}")
-    if rule == "one-to-many-points" and detector not in ("fcos", "centernet"):
-        raise UsageError(f"--assign one-to-many-points judges points: it goes with FCOS and "
-                         f"CenterNet, not with --detector {detector}")
-    if rule == "one-to-many-iou" and predefined and detector != "retinanet":
-        raise UsageError("--assign one-to-many-iou with --location-cost predefined compares "
-                         "anchors: it goes with --detector retinanet")
+    for name in ("assign", "many_assign"):
+        rule = flags.get(name)
+        if name == "many_assign" and rule == "one-to-many":
+            raise UsageError("--many-assign one-to-many: the original rules are one-to-many-iou "
+                             "and one-to-many-points")
+        if rule == "one-to-many-points" and detector not in ("fcos", "centernet"):
+            raise UsageError(f"{flag(name)} one-to-many-points judges points: it goes with FCOS "
+                             f"and CenterNet, not with --detector {detector}")
+        if rule == "one-to-many-iou" and predefined and detector != "retinanet":
+            raise UsageError(f"{flag(name)} one-to-many-iou with --location-cost predefined "
+                             f"compares anchors: it goes with --detector retinanet")
 
 
 def build_arguments(flags, num_classes):
@@ -619,7 +632,9 @@ def headline(flags, num_pictures, num_classes):
         rule = (f"{kinds.get(flags['assign'], flags['assign'])} positive sample assignment, "
                 f"matching cost = {cost}")
         if flags.get("many"):
-            rule += f", and a second branch with {flags['many']} positives an object"
+            kind = (f"{flags['many']} positives an object" if flags["many_assign"] == "top-k"
+                    else f"{flags['many_assign']}, weighing 1/{flags['many']}")
+            rule += f", and a second branch with {kind}"
     return (f"{NAMES[flags['detector']]} ({flags['backbone']}) with {rule}; {flags['data']}, "
             f"{num_pictures} pictures, {num_classes} classes, {flags['steps']} steps")
 
@@ -632,5 +647,8 @@ def run_name(flags):
             rule += "-" + flags["cost"].replace("/", "_").replace(":", "-")
         for name, value in (("location_cost", "-{}"), ("class_cost", "-class{:g}")):
             rule += value.format(flags[name]) if name in flags else ""
-        rule += f"-many{flags['many']}" if flags.get("many") else ""
+        if flags.get("many"):
+            rule += f"-many{flags['many']}"
+            if flags["many_assign"] != "top-k":
+                rule += "-" + flags["many_assign"].replace("/", "_").replace(":", "-")
     return f"{flags['data']}-{flags['detector']}-{rule}"

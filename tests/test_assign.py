@@ -750,3 +750,24 @@ def test_match_runs_in_float32_without_gradient(assigner):
         answer = match(prediction, targets, cost, assigner)[0]
     for m, expected in zip(answer, match(rounded, targets, cost, assigner)[0]):
         assert as_set(m.prediction, m.object) == as_set(expected.prediction, expected.object)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_hungarian_answer_is_exact_in_other_precisions(kind):
+    """Row numbers beyond 2,048 are no half-precision numbers."""
+    cost = torch.rand(6000, 5, generator=torch.Generator().manual_seed(0)).to(kind)
+    q, g = assign.hungarian(cost)
+    rows, columns = linear_sum_assignment(cost.double().numpy())
+    assert float(cost.double()[q, g].sum()) == pytest.approx(
+        cost.double().numpy()[rows, columns].sum(), abs=1e-9)
+
+
+def test_a_cost_of_minus_infinity_is_told_as_one():
+    prediction = Prediction(torch.zeros(1, 6, 2), torch.rand(1, 6, 4))
+    targets = [{"boxes": torch.rand(2, 4), "labels": torch.zeros(2, dtype=torch.long),
+                "image_id": 7}]
+
+    def bad(one, target):
+        return torch.full((6, 2), -INF)
+    with pytest.raises(assign.AssignError, match="image 7: the matching cost holds NaN or -inf"):
+        assign.match(prediction, targets, bad, assign.hungarian)

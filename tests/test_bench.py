@@ -40,7 +40,7 @@ def test_ours_and_the_peer_are_called_in_turn_and_the_ratio_is_a_median(monkeypa
 
     row = bench.versus("both", function("ours"), "peer", function("theirs"))
     assert called == ["ours", "theirs"] * 4
-    assert row == ("both", 3, "peer", 2, statistics.median([2 / 1, 6 / 2, 3 / 2]))
+    assert row == ("both", 3, "peer", 2, statistics.median([2 / 1, 6 / 2, 3 / 2]), "s")
     assert bench.told(row).split() == ["both", "3000.0", "ms", "peer", "2000.0", "ms", "2.00"]
 
 

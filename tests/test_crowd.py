@@ -141,7 +141,7 @@ def test_a_second_detection_of_a_person_is_false_and_one_in_an_ignore_region_doe
 
 @pytest.mark.parametrize("persons, detections, expected", [
     # nobody there
-    ([], [], {"AP50": -1, "mMR": -1, "recall": -1, "JI": 0}),
+    ([], [], {"AP50": -1, "mMR": -1, "recall": -1, "JI": -1}),
     ([], [((0, 0, 9, 9), 0.9)], {"AP50": -1, "mMR": -1, "recall": -1, "JI": 0}),
     ([(0, 0, 50, 100)], [], {"AP50": 0, "mMR": 100, "recall": 0, "JI": 0}),
     # no trapezoid in one point; no miss: no log

@@ -345,6 +345,32 @@ def test_a_shift_is_as_far_as_asked_to_all_sides_and_one_colour_fills_its_gap():
     assert {x for x, _ in moves} == {y for _, y in moves} == {-3, -2, -1, 0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("height, width", [(5, 30), (30, 5), (1, 1)])
+def test_a_shift_may_be_longer_than_the_picture(height, width):
+    image = torch.full((3, height, width), 200, dtype=torch.uint8)
+    box = np.float32([[0, 0, width, height]])
+    transform, gone = data.Transform(shortest=(), shift=12), 0
+    for seed in range(100):
+        moved, boxes, kept = transform(image, box, np.random.default_rng(seed))[:3]
+        white = (moved == 200).all(0)
+        assert moved.shape == image.shape and bool(kept[0]) == bool(white.any())
+        if kept[0]:
+            extent = boxes[0, 2:] - boxes[0, :2]
+            assert int(white.sum()) == extent.prod()
+        gone += not kept[0]
+    assert gone
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": 1.0}, {"crop": 1.0}, {"square": 64},
+                                     {"colours": 0.4}, {"shift": 9}, {"crop": 1.0, "flip": 1.0}])
+def test_colours_stay_side_by_side_in_memory(options):
+    """Whatever a Transform does: so batches are put together row by row."""
+    image, boxes = rectangle([100, 100, 300, 200])
+    for seed in range(5):
+        view = data.Transform(shortest=(240,), **options)(image, boxes, np.random.default_rng(seed))
+        assert view.image.stride(0) == 1
+
+
 def test_a_shift_changes_no_other_random_choice():
     """It is drawn last, so that undoing it gives the picture that is there without it."""
     image, boxes = rectangle([200, 150, 420, 300])

@@ -480,3 +480,12 @@ def test_perfect_boxes_cost_nothing():
     assert terms["l1"] == 0 and terms["giou"].item() == pytest.approx(0, abs=1e-5)
     l1 = losses.RetinaNetLoss()(prediction, targets, [matches])["l1"]
     assert l1.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_softmax_loss_of_nothing_but_ignored_queries_is_zero():
+    logits = torch.randn(1, 3, 5, requires_grad=True)
+    nothing = torch.zeros(0, dtype=torch.long)
+    match = assign.Match(nothing, nothing, torch.arange(3))
+    loss = losses.softmax_loss(logits, (nothing, nothing), nothing, [match])
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()

@@ -88,10 +88,57 @@ def test_another_rule_brings_its_own_cost():
     ("--detector detr --many 3", "--many does not concern detr"),
     ("--detector retinanet --assign one-to-many --many 3", "--many does not concern retinanet"),
     ("--many-assign top-k", "--many-assign does not concern a run without --many"),
+    ("--assign one-to-many-points --many 3", "--many does not concern --assign one-to-many-points"),
+    ("--detector retinanet --many 3 --many-assign one-to-many-points",
+     "--many-assign one-to-many-points judges points"),
+    ("--many 3 --many-assign one-to-many-iou --location-cost predefined",
+     "--many-assign one-to-many-iou with --location-cost predefined"),
+    ("--many 3 --many-assign one-to-many", "--many-assign one-to-many: the original rules are"),
+    ("--many 3 --freeze location --init last.pt", "give one of them"),
 ])
 def test_it_is_refused_where_it_has_nothing_to_say(words, sentence):
     with pytest.raises(recipes.UsageError, match=sentence):
-        recipes.effective_flags(vars(recipes.make_parser().parse_args(words.split())))
+        given = vars(recipes.make_parser().parse_args(words.split()))
+        recipes.check_flags(recipes.effective_flags(given)[0], 1)
+
+
+RULES = "hungarian", "min-cost", "one-to-many-iou", "one-to-many-points", "top-k"
+
+
+@pytest.mark.parametrize("rule", ["hungarian", "min-cost", "top-k"])
+@pytest.mark.parametrize("many_assign", RULES)
+def test_every_pair_of_rules_makes_a_row(rule, many_assign):
+    words = f"--assign {rule} --many 3 --many-assign {many_assign}"
+    flags, _ = recipes.effective_flags(vars(recipes.make_parser().parse_args(words.split())))
+    cost, strategy = losses.many_row(flags)
+    images, mask, targets = pictures()
+    prediction = detector("fcos", 3)(images, mask)
+    first = losses.row(flags)
+    matches = assign.match(prediction, targets, first.cost, first.strategy,
+                           many=(cost, strategy))
+    assert len(matches) == 2
+
+
+def test_twins_start_as_copies_of_what_init_loads(tmp_path):
+    base, model = detector("fcos", 0), detector("fcos", 3)
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.save({"model": base.state_dict()}, tmp_path / "base.pt")
+    checkpoints.load_weights(model, tmp_path / "base.pt")
+    assert torch.equal(model.twins[0].weight, base.score.weight)
+    assert torch.equal(model.twins[1].bias, base.ltrb.bias)
+
+
+def test_a_changed_file_of_its_strategy_is_refused_on_resume(tiny_scenes, tmp_path, command):
+    my = tmp_path / "my.py"
+    my.write_text("import assign\ndef f(cost):\n    return assign.top_k(cost)\n")
+    words = (f"--data-dir {tiny_scenes} --out {tmp_path / 'run'} --steps 2 --batch-size 4 --many 3 "
+             f"--many-assign {my}:f --width 16 --depth 1").split()
+    code, said, error = command(train, *words)
+    assert code == 0 and "my.py:f, weighing 1/3" in said, error
+    my.write_text(my.read_text() + "# another\n")
+    code, _, error = command(train, *words, "--resume")
+    assert code == 2 and "the file of --many-assign" in error
 
 
 def test_it_trains_and_its_checkpoint_detects_without_it(tiny_scenes, tmp_path, command):
