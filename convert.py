@@ -541,6 +541,8 @@ def export_size(transform, size, divisor):
 
 def export(detector, height, width):
     """torch.export's program of Deployed(detector), for any number of pictures of one size."""
+    if detector.many:
+        detector.second_branch(0, *detector.last)    # it is of training alone
     deployed = Deployed(detector).eval().requires_grad_(False)
     pictures = torch.zeros(2, 3, height, width)     # two: of one it would think that B is always 1
     any_number = {"pictures": {0: torch.export.Dim("batch")}}

@@ -167,6 +167,9 @@ def machine_fault(error):
     if "DataLoader worker" in text:
         return ("a process that reads pictures was killed, which happens where memory or /dev/shm "
                 "runs out; use fewer --workers, or 0")
+    if "ancdata" in text:                    # file descriptors did not arrive
+        return ("too many open files between the processes that read pictures; use fewer "
+                "--workers, a smaller --batch-size, or raise the limit (ulimit -n)")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         return ("out of memory; use a smaller --batch-size, a larger --accumulate (the same step "
                 "in more parts), or smaller --train-sizes and --test-size")

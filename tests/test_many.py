@@ -4,6 +4,7 @@ import torch
 
 import assign
 import checkpoints
+import convert
 import losses
 import recipes
 import train
@@ -153,3 +154,9 @@ def test_it_trains_and_its_checkpoint_detects_without_it(tiny_scenes, tmp_path, 
     for parameter in model.twins.parameters():
         parameter.data.fill_(float("nan"))
     assert all(torch.equal(a, b) for a, b in zip(before, model.detect(picture)))
+
+
+def test_an_exported_program_does_not_carry_the_branch():
+    program = convert.export(detector("fcos", 3).eval(), 64, 64)
+    names = list(program.state_dict)
+    assert names and not any("twins" in name for name in names)

@@ -385,6 +385,7 @@ def test_other_processes_write_no_rows(capsys):
     (OSError(28, "No space left on device", "runs/a.csv"), "runs/a.csv: no space left"),
     (OSError(30, "Read-only file system", "runs/a.csv"), "runs/a.csv: Read-only file system"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers"),
+    (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None)])
 def test_what_the_machine_lacks_is_told_and_a_fault_of_the_program_is_not(error, words):
     said = runs.machine_fault(error)
