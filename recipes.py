@@ -611,7 +611,9 @@ def build_arguments(flags, num_classes):
         train_all = not pre_trained or detector == "centernet"
         build.update(norm="batch" if train_all else "frozen", freeze=0 if train_all else 2,
                      resnet=flags["resnet"])
-    return {**build, **{name: flags[name] for name in options_of(detector, original)}}
+    # --many is not in force beside a rule that is one-to-many already: the constructor's 0 then
+    return {**build, **{name: flags[name] for name in options_of(detector, original)
+                        if name in flags}}
 
 
 def headline(flags, num_pictures, num_classes):
