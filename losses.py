@@ -100,8 +100,7 @@ def set_loss(prediction, targets, matches, num_objects, micro_batches=1,
 
     Eq. 1 names no weights and no divisor; these are the released code's.  Each decoder layer pays
     the full loss.  Sums are divided by the number of objects, but DETR's softmax loss is a mean
-    over the queries of the micro-batch.  A second branch with K positives an object pays a K-th,
-    its negatives too.
+    over the queries of the micro-batch.  A second branch weighs less, its negatives too.
     """
     terms = {"class": 0.0, "l1": 0.0, "giou": 0.0}
     scale = torch.stack([t["size"].flip(0).repeat(2) for t in targets])
@@ -110,21 +109,21 @@ def set_loss(prediction, targets, matches, num_objects, micro_batches=1,
     for layer, layer_matches in zip([prediction, *prediction.aux], matches):
         index, gt, labels = positives(targets, layer_matches)
         boxes, size = layer.boxes[index], scale[index[0]]                    # (K, 4)
-        divisor = num_objects * max(1, layer.many)
 
         if layer.softmax:
             mean = softmax_loss(layer.logits, index, labels, layer_matches)
-            terms["class"] += lambda_cls * mean / micro_batches
+            terms["class"] += lambda_cls * layer.weight * mean / micro_batches
         else:
             total = focal_loss(layer.logits, index, labels, layer_matches)
-            terms["class"] += lambda_cls * total / divisor
+            terms["class"] += lambda_cls * layer.weight * total / num_objects
 
         giou = generalized_box_iou_loss(boxes, gt, reduction="sum")
-        terms["giou"] += lambda_iou * giou / divisor
+        terms["giou"] += lambda_iou * layer.weight * giou / num_objects
         if layer.centre_l1:                  # DETR compares centres and sizes, in the cost too
             boxes = box_convert(boxes, "xyxy", "cxcywh")
             gt = box_convert(gt, "xyxy", "cxcywh")
-        terms["l1"] += lambda_l1 * (boxes / size - gt / size).abs().sum() / divisor
+        l1 = (boxes / size - gt / size).abs().sum()
+        terms["l1"] += lambda_l1 * layer.weight * l1 / num_objects
     return terms
 
 
@@ -340,3 +339,9 @@ def many_row(flags):
         return row(flags).cost, functools.partial(assign.top_k, k=flags["many"])
     strategy = assign.load_strategy(rule, "--many-assign")
     return row({**flags, "assign": rule}).cost, strategy
+
+
+def many_weight(flags, progress):
+    """What a second branch's loss weighs, times K.  progress: of training, 0 to 1"""
+    first, last = flags.get("many_weight", (1.0, 1.0))
+    return first + (last - first) * progress

@@ -54,7 +54,8 @@ class Prediction:
     raw: dict = field(default_factory=dict)  # (B, ...): what only an original recipe needs
     softmax: bool = False                    # DETR: scores are a softmax
     centre_l1: bool = False                  # (Deformable) DETR: L1 compares (cx, cy, w, h)
-    many: int = 0                            # of a second branch: K positives an object
+    many: bool = False                       # a second branch, with an assignment of its own
+    weight: float = 1.0                      # of its loss
 
     def image(self, n):
         """The Prediction of image n, in float32; of its last layer, without aux."""
@@ -366,7 +367,9 @@ class Detector(nn.Module):
     class_branch = ()                        # modules that only the scores of classes go through
     # of a detector that checkpoints.load has read: its classes, and how pictures become a batch
     class_names, prepare = (), None
-    many = 0                                 # positives an object of a second branch, if it has one
+    # of a second branch, if there is one: positives an object, the weight of its loss, and whether
+    # the features in front of both branches learn by it alone
+    many, many_weight, many_detach = 0, 1.0, False
 
     def __init__(self, backbone, pixels="rgb"):
         super().__init__()
@@ -395,11 +398,14 @@ class Detector(nn.Module):
 
     def predictions(self, *given):
         """`predict` behind the last layers, and in training behind their twins, as its aux."""
-        prediction = self.predict(*(getattr(self, name) for name in self.last), *given)
-        if self.many and self.training:
-            second = self.predict(*self.twins, *given)
-            prediction.aux = [replace(second, many=self.many)]
-        return prediction
+        layers = [getattr(self, name) for name in self.last]
+        if not (self.many and self.training):
+            return self.predict(*layers, *given)
+        second = replace(self.predict(*self.twins, *given), many=True,
+                         weight=self.many_weight / self.many)
+        if self.many_detach:
+            layers = [lambda x, layer=layer: layer(x.detach()) for layer in layers]
+        return replace(self.predict(*layers, *given), aux=[second])
 
     def freeze_location(self):
         """Observation 4.1: only the classification sub-net learns from now on.

@@ -1,7 +1,7 @@
 """Section 3.4 while a detector trains: where its positive samples lie, and how high they score.
 
-Six columns of log.csv, of the pictures of one micro-batch of process 0 (empty where a batch cannot
-tell):
+Seven columns of log.csv, of the pictures of one micro-batch of process 0 (empty where a batch
+cannot tell):
 
     gap         median score gap of the objects (Definition 3.3): the highest minus the second-
                 highest score of the object's class, among predictions with IoU > 0.5 with it
@@ -14,6 +14,8 @@ tell):
                 positive
     background  percent of the positives whose grid point or anchor's centre lies on no creature
                 (Observation 3.5).  Where silhouettes are known: the embedded scenes.
+    agreed      with --many: percent of the objects whose positive is, of their positives in the
+                second branch, the one with the highest score there
 """
 import json
 import math
@@ -24,7 +26,7 @@ from PIL import Image, ImageDraw
 from torchvision.ops import box_iou
 
 PICTURES = 1000                 # whose positives are remembered, for `moved`
-COLUMNS = "gap", "rank", "positives", "shared", "moved", "background"
+COLUMNS = "gap", "rank", "positives", "shared", "moved", "background", "agreed"
 
 
 def class_scores(one):
@@ -48,6 +50,19 @@ def ranks(one, target, match):
     scores = class_scores(one)[:, target["labels"][match.object]]        # (Q, K)
     own = scores.gather(0, match.prediction[None])                       # (1, K)
     return 1 + (scores > own).sum(0)
+
+
+def agreed(second, target, match, many):
+    """Which positives are the best of their object's positives in the second branch.  (K,) bool
+
+    second: Prediction of one image   match, many: the Match of the one and of the many
+    """
+    scores = class_scores(second)[many.prediction, target["labels"][many.object]]   # (P,)
+    highest = scores.new_zeros(len(target["boxes"])).scatter_reduce(0, many.object, scores, "amax")
+    best = scores == highest[many.object]                                # (P,)
+    same = ((match.prediction[:, None] == many.prediction)
+            & (match.object[:, None] == many.object))                    # (K, P)
+    return (same & best).any(1)
 
 
 def places(prediction, target, match):
@@ -137,16 +152,23 @@ class Watch:
 
     @torch.no_grad()
     def row(self, prediction, targets, matches):
-        """The columns, of this batch; `moved` of all batches since the last row."""
+        """The columns, of this batch; `moved` of all batches since the last row.
+
+        matches: of all layers, as assign.match returns them
+        """
         gaps, place, on_object = [], [], []
+        agreement = []
+        second = prediction.aux[0] if prediction.aux and prediction.aux[0].many else None
         shared = 0
         objects = sum(len(target["boxes"]) for target in targets)
-        for n, (target, match) in enumerate(zip(targets, matches)):
+        for n, (target, match) in enumerate(zip(targets, matches[0])):
             one = prediction.image(n)
             shared += len(match.prediction) - len(match.prediction.unique())
             if len(target["boxes"]):
                 gaps.append(score_gaps(one, target))
                 place.append(ranks(one, target, match))
+                if second:
+                    agreement.append(agreed(second.image(n), target, match, matches[1][n]))
             if self.silhouettes and one.candidates is not None:
                 points = places(prediction, target, match)[:, :2].cpu()
                 size = target["original_size"].tolist()
@@ -162,6 +184,8 @@ class Watch:
             values["moved"] = 100 * self.state["moved"] / self.state["compared"]
         if sum(map(len, on_object)):
             values["background"] = 100 * (1 - torch.cat(on_object).float().mean().item())
+        if sum(map(len, agreement)):
+            values["agreed"] = 100 * torch.cat(agreement).float().mean().item()
         self.state.update(moved=0, compared=0)
         if objects and not sum(map(len, place)):
             self.warn(f"{self.name} gives no positive sample to any of the {objects} objects of a "

@@ -36,6 +36,7 @@ EVERYWHERE = {
     "backbone_weights": "none", "resnet": "torchvision",
     "assign": ROWS["one-to-one"][1], "location_cost": "predicted", "lambda_cls": LAMBDA_CLS,
     "lambda_l1": LAMBDA_L1, "lambda_iou": LAMBDA_IOU, "many_assign": "top-k",
+    "many_weight": [1.0, 1.0], "many_detach": False,
     "flip": 0.5, "crop": 0.0, "square": 0, "colours": 0.0, "shift": 0, "round_down": False,
     "skip_empty": False, "drop_bad_boxes": False,
     "accumulate": 1, "backbone_lr_factor": 1.0, "weight_decay": 1e-4, "momentum": 0.9,
@@ -255,6 +256,11 @@ def add_later_flags(g):
     g.add_argument("--many-assign", metavar="A", help="the copies learn by this strategy, with its "
                    "cost, instead of the N cheapest; the values of --assign but one-to-many; N "
                    "then only divides their loss (default: top-k)")
+    g.add_argument("--many-weight", type=float, nargs=2, metavar="X", help="the copies' loss "
+                   "weighs the first at the beginning and the second at the end, on a straight "
+                   "line between them, over N (default: 1 1)")
+    g.add_argument("--many-detach", **YES, help="the features in front of the layers learn by the "
+                   "copies' loss alone (default: by both)")
 
 
 def add_optimisation_flags(g):
@@ -392,6 +398,7 @@ def names_of(add_flags):
 
 
 OPTIONS = names_of(add_detector_flags) | {"many"}
+OF_MANY = "many_assign", "many_weight", "many_detach"
 # the machine, paths (the pictures' ids must agree), and what is written
 FREE_ON_RESUME = {"out", "resume", "init", "device", "workers", "accumulate", "data_dir",
                   "train_json", "train_images", "val_json", "val_images", "log_every",
@@ -415,12 +422,12 @@ def not_concerned(name, flags):
                  if d not in fits and name in options_of(d, one_to_many=True)]
         return f"does not concern {detector}; it goes with {', '.join(fits)}"
     if one_to_many and name in ("cost", "class_cost", "location_cost", "lambda_cls", "lambda_l1",
-                                "lambda_iou", "many_assign"):
+                                "lambda_iou", *OF_MANY):
         return "does not concern --assign one-to-many, the detector's original rule and losses"
-    if name in ("many", "many_assign") and flags["assign"] in ("one-to-many-iou",
-                                                              "one-to-many-points"):
+    if (name in ("many", *OF_MANY)
+            and flags["assign"] in ("one-to-many-iou", "one-to-many-points")):
         return f"does not concern --assign {flags['assign']}, which is one-to-many already"
-    if name == "many_assign" and not flags.get("many"):
+    if name in OF_MANY and not flags.get("many"):
         return "does not concern a run without --many"
     if flags.get("cost") and name in ("class_cost", "location_cost"):
         return f"does not concern --cost {flags['cost']}, which is the whole cost"
@@ -545,7 +552,8 @@ RANGES = {
     **dict.fromkeys(("depth", "layers", "anchor_scales"), (1, 100)),
     **dict.fromkeys(("flip", "crop", "colours", "warmup_factor"), (0, 1)),
     **dict.fromkeys(("lambda_cls", "lambda_l1", "lambda_iou", "class_cost", "clip_grad",
-                     "weight_decay", "backbone_lr_factor", "box_prior"), (0, 10 ** 9)),
+                     "weight_decay", "backbone_lr_factor", "box_prior", "many_weight"),
+                    (0, 10 ** 9)),
     "seed": (0, 2 ** 63 - 1),
     "workers": (0, 1000),
     "extra_levels": (0, 4),
@@ -637,6 +645,10 @@ def headline(flags, num_pictures, num_classes):
             kind = (f"{flags['many']} positives an object" if flags["many_assign"] == "top-k"
                     else f"{flags['many_assign']}, weighing 1/{flags['many']}")
             rule += f", and a second branch with {kind}"
+            if flags["many_weight"] != [1, 1]:
+                rule += " and a weight of {:g} to {:g}".format(*flags["many_weight"])
+            if flags["many_detach"]:
+                rule += ", by which alone the features learn"
     return (f"{NAMES[flags['detector']]} ({flags['backbone']}) with {rule}; {flags['data']}, "
             f"{num_pictures} pictures, {num_classes} classes, {flags['steps']} steps")
 
@@ -653,4 +665,7 @@ def run_name(flags):
             rule += f"-many{flags['many']}"
             if flags["many_assign"] != "top-k":
                 rule += "-" + flags["many_assign"].replace("/", "_").replace(":", "-")
+            if flags["many_weight"] != [1, 1]:
+                rule += "-weight{:g}-{:g}".format(*flags["many_weight"])
+            rule += "-detach" if flags["many_detach"] else ""
     return f"{flags['data']}-{flags['detector']}-{rule}"

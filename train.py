@@ -102,6 +102,7 @@ def build_model(flags, checkpoint, classes, process):
                     process.say(f"--init {flags['init']}: {len(names)} {fate}: {', '.join(names)}")
     if flags.get("freeze") == "location":
         model.freeze_location()
+    model.many_detach = flags.get("many_detach", False)
     return model
 
 
@@ -359,12 +360,12 @@ def train(flags, checkpoint, given, process):
         for step in range(first_step, steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * lr_factor(step, flags)
+            model.many_weight = losses.many_weight(flags, step / steps)
 
             # the step's micro-batches, and their objects, averaged over the processes
             micro_batches = progress.fetch(batches, accumulate)
-            count = sum(len(t["boxes"]) for _, _, targets in micro_batches for t in targets)
-            count = losses.mean_over_processes(torch.tensor(float(count), device=device))
-            num_objects = count.clamp(min=1)
+            count = float(sum(len(t["boxes"]) for _, _, targets in micro_batches for t in targets))
+            num_objects = losses.mean_over_processes(torch.tensor(count, device=device)).clamp(1)
 
             optimizer.zero_grad(set_to_none=True)
             totals = {}
@@ -399,7 +400,7 @@ def train(flags, checkpoint, given, process):
                 values = numbers.read()
                 values.pop("interrupted")
                 progress.row(done, values, flags["lr"] * lr_factor(step, flags),
-                             watch.row(prediction, targets, matches[0]))
+                             watch.row(prediction, targets, matches))
             if is_due(done, flags) or stop:
                 numbers.read()                           # what is not finite is not saved
                 save(done, model, loss, optimizer, flags, classes, watch, process)

@@ -38,7 +38,7 @@ def test_the_branch_is_there_in_training_alone_and_learns_in_layers_of_its_own(n
         plain.state_dict())
     prediction = model(images, mask)
     (second,) = prediction.aux
-    assert second.many == 4 and prediction.many == 0
+    assert second.many and second.weight == 1 / 4 and not prediction.many
     assert torch.equal(second.logits, prediction.logits) and len(second.boxes) == 2
     second.logits.sum().backward()
     assert all(p.grad is None for p in model.score.parameters())
@@ -73,10 +73,47 @@ def test_each_object_has_its_k_cheapest_there_and_they_weigh_a_kth(name):
     both = loss(prediction, targets, matches, objects)
     prediction.aux = []
     one = loss(prediction, targets, matches[:1], objects)
-    second.many = 0
+    second.weight = 1.0
     other = loss(second, targets, matches[1:], objects)
     for term in both:
         assert torch.allclose(both[term], one[term] + other[term] / K)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_detached_layers_learn_and_the_features_in_front_of_them_do_not(name):
+    images, mask, _ = pictures()
+    model = detector(name, 4)
+    plain = model(images, mask)
+    model.many_detach = True
+    detached = model(images, mask)
+    assert torch.equal(plain.logits, detached.logits) and torch.equal(plain.boxes, detached.boxes)
+    (detached.logits.sum() + detached.boxes.sum()).backward()
+    learned = {key for key, p in model.named_parameters() if p.grad is not None}
+    # FCOS's factor of each level stands behind the layers
+    assert {key.split(".")[0] for key in learned} - {"scale"} == set(model.last)
+
+
+def test_the_weight_of_the_second_branch_runs_on_a_straight_line_and_scales_its_loss():
+    flags = {"many_weight": [0.8, 0.1]}
+    assert [losses.many_weight(flags, x) for x in (0, 0.5, 1)] == pytest.approx([0.8, 0.45, 0.1])
+    assert losses.many_weight({}, 0.5) == 1
+
+    images, mask, targets = pictures()
+    model = detector("fcos", 3)
+    flags = {**FLAGS, "detector": "fcos", "many": 3}
+    cost, strategy, loss = losses.row(flags)
+    of_weight = {}
+    for weight in (0.0, 1.0, 2.0):
+        model.many_weight = weight
+        prediction = model(images, mask)
+        matches = assign.match(prediction, targets, cost, strategy, many=losses.many_row(flags))
+        of_weight[weight] = loss(prediction, targets, matches, torch.tensor(4.0))
+    prediction.aux = []
+    alone = loss(prediction, targets, matches[:1], torch.tensor(4.0))
+    for term, nothing in of_weight[0.0].items():
+        assert torch.allclose(nothing, alone[term])
+        one, two = of_weight[1.0][term] - nothing, of_weight[2.0][term] - nothing
+        assert torch.allclose(two, 2 * one, rtol=1e-4) and one > 0
 
 
 def test_another_rule_brings_its_own_cost():
@@ -89,6 +126,9 @@ def test_another_rule_brings_its_own_cost():
     ("--detector detr --many 3", "--many does not concern detr"),
     ("--detector retinanet --assign one-to-many --many 3", "--many does not concern retinanet"),
     ("--many-assign top-k", "--many-assign does not concern a run without --many"),
+    ("--many-weight 1 0", "--many-weight does not concern a run without --many"),
+    ("--many-detach", "--many-detach does not concern a run without --many"),
+    ("--many 3 --many-weight 1 -1", "--many-weight -1.0: must be from 0"),
     ("--assign one-to-many-points --many 3", "--many does not concern --assign one-to-many-points"),
     ("--detector retinanet --many 3 --many-assign one-to-many-points",
      "--many-assign one-to-many-points judges points"),
@@ -145,9 +185,10 @@ def test_a_changed_file_of_its_strategy_is_refused_on_resume(tiny_scenes, tmp_pa
 def test_it_trains_and_its_checkpoint_detects_without_it(tiny_scenes, tmp_path, command):
     out = tmp_path / "run"
     words = (f"--data-dir {tiny_scenes} --out {out} --steps 2 --batch-size 4 --many 3 --width 16 "
-             f"--depth 1").split()
+             f"--depth 1 --many-weight 0.8 0.1 --many-detach").split()
     code, text, _ = command(train, *words)
-    assert code == 0 and "a second branch with 3 positives an object" in text
+    assert code == 0 and ("a second branch with 3 positives an object and a weight of 0.8 to 0.1, "
+                          "by which alone the features learn") in text
     model, _ = checkpoints.load(out)
     picture = next((tiny_scenes / "val").iterdir())
     before = model.detect(picture)

@@ -1,4 +1,5 @@
 """What log.csv says of the positive samples, on cases that a person can count."""
+import dataclasses
 import json
 
 import pytest
@@ -52,6 +53,26 @@ def test_the_rank_counts_the_predictions_that_score_higher_for_the_class_of_the_
     assert found.tolist() == [3, 1, 1, 2]
 
 
+def test_the_one_agrees_with_the_many_where_it_is_their_best_by_score():
+    """Object 0's many score 0.9, 0.6, 0.8; object 1's 0.7 for its class, though 0.2 for the other.
+    Object 2 has none in the second branch."""
+    objects = target([[0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90]], [0, 1, 0])
+    many = match([0, 1, 2, 3], [0, 0, 0, 1])
+    best, other = match([0, 3, 1], [0, 1, 2]), match([2, 0], [0, 1])
+    assert positives.agreed(one_image(), objects, best, many).tolist() == [True, True, False]
+    assert positives.agreed(one_image(), objects, other, many).tolist() == [False, False]
+    assert positives.agreed(one_image(), objects, best, match([], [])).tolist() == [False] * 3
+
+
+def test_agreement_is_a_column_in_percent_of_runs_with_a_second_branch():
+    objects, prediction = target([[0, 0, 10, 10], [50, 50, 60, 60]], [0, 1]), one_image()
+    prediction.logits, prediction.boxes = prediction.logits[None], prediction.boxes[None]
+    matches = [match([1, 3], [0, 1])], [match([0, 1, 3], [0, 0, 1])]
+    assert positives.Watch().row(prediction, [objects], matches)["agreed"] is None
+    prediction.aux = [dataclasses.replace(prediction, many=True)]
+    assert positives.Watch().row(prediction, [objects], matches)["agreed"] == 50
+
+
 def test_softmax_scores_are_without_no_object():
     one = Prediction(torch.tensor([[1.0, 2.0, 3.0]]), torch.zeros(1, 4), softmax=True)
     expected = torch.tensor([1.0, 2.0]).exp() / torch.tensor([1.0, 2.0, 3.0]).exp().sum()
@@ -90,11 +111,11 @@ def test_a_positive_moved_if_it_lies_more_than_a_stride_away():
     watch, objects = positives.Watch(), target([[0, 0, 50, 50], [50, 50, 99, 99]], [0, 0])
     prediction = points([[10, 10], [20, 10], [31, 10], [60, 60]])
     watch.note(prediction, [objects], [match([0, 3], [0, 1])])
-    assert watch.row(prediction, [objects], [match([0, 3], [0, 1])])["moved"] is None
+    assert watch.row(prediction, [objects], [[match([0, 3], [0, 1])]])["moved"] is None
     watch.note(prediction, [objects], [match([1, 3], [0, 1])])           # 10 away: one stride
-    assert watch.row(prediction, [objects], [match([1, 3], [0, 1])])["moved"] == 0
+    assert watch.row(prediction, [objects], [[match([1, 3], [0, 1])]])["moved"] == 0
     watch.note(prediction, [objects], [match([2, 3], [0, 1])])           # 11 away
-    assert watch.row(prediction, [objects], [match([2, 3], [0, 1])])["moved"] == 50
+    assert watch.row(prediction, [objects], [[match([2, 3], [0, 1])]])["moved"] == 50
 
 
 def test_the_same_grid_point_in_a_mirrored_picture_did_not_move_and_objects_keep_their_names():
@@ -128,7 +149,7 @@ def test_what_is_remembered_goes_on():
 
 def test_pictures_without_objects_leave_the_columns_empty():
     watch, empty = positives.Watch(), target([], [])
-    row = watch.row(points([[10, 10]]), [empty], [match([], [])])
+    row = watch.row(points([[10, 10]]), [empty], [[match([], [])]])
     assert row == dict.fromkeys(positives.COLUMNS)
 
 
@@ -137,8 +158,8 @@ def test_what_breaks_the_contract_is_said_once():
     watch = positives.Watch(strategy=lambda cost: None, say=said.append)
     objects, prediction = target([[0, 0, 50, 50], [50, 50, 99, 99]], [0, 0]), points([[10, 10]])
     for _ in range(2):
-        assert watch.row(prediction, [objects], [match([], [])])["positives"] == 0
-        assert watch.row(prediction, [objects], [match([0, 0], [0, 1])])["shared"] == 1
+        assert watch.row(prediction, [objects], [[match([], [])]])["positives"] == 0
+        assert watch.row(prediction, [objects], [[match([0, 0], [0, 1])]])["shared"] == 1
     assert len(said) == 2
     assert "no positive sample to any of the 2 objects" in said[0]
     assert "more than one object" in said[1] and "shares_predictions" in said[1]
