@@ -293,11 +293,15 @@ RULES = {"end-to-end": [], "location only": ["--class-cost", "0", "--location-co
 
 
 def effect(out, words):
-    """Trains a short run and says what it does: AP, AP+NMS, duplicates an object, score gap."""
+    """Trains a short run and says what it does: AP, AP+NMS, duplicates an object, score gap.
+
+    out: a new folder; a run that is there goes on, and one that is finished is only read.
+    """
     script = Path(__file__).with_name("train.py")
-    run = subprocess.run([sys.executable, script, "--steps", str(STEPS), "--out", str(out), *words])
-    if run.returncode:
-        raise AssignError(f"the run in {out} failed; its last line says why")
+    command = [sys.executable, script, "--steps", str(STEPS), "--out", str(out), *words]
+    if not (Path(out) / "metrics.json").exists():
+        if subprocess.run([*command, "--resume", "auto"]).returncode:
+            raise AssignError(f"the run in {out} failed; its last line says why")
     flags = json.loads((Path(out) / "args.json").read_text())
     truth = data.read(flags, "val")
     detections = evaluate.read_results(Path(out) / "detections.json")
@@ -364,7 +368,8 @@ def main():
         if args.train and all(points == of for _, _, points, of, _ in rows):
             reference = json.loads(REFERENCE.read_text())
             flag = "--cost" if is_cost(function) else "--assign"
-            out = f"runs/grade-{Path(args.function.replace(':', '-')).name}-{args.seed}"
+            name = f"grade-{Path(args.function.replace(':', '-')).name}-{args.seed}"
+            out = runs.free_name(Path("runs") / name)    # the function may have changed since
             figures = effect(out, [flag, args.function, "--seed", str(args.seed), *own])
             for rule, seeds in reference.items():
                 bands = ", ".join(f"{name} {min(s[name] for s in seeds):.2f} to "
