@@ -5,6 +5,7 @@
     python grade.py my.py:f --seed 7 --json a.json  other matrices and boxes; points for a grader
     python grade.py my.py:f --train                 and its effect: a run of minutes, beside the
                                                     reference rules; 100 points more
+    python grade.py my.py:f --train --many 6        the same as the strategy of a second branch
     python grade.py --reference --seeds 0 1 2       trains the reference rules
 
 A strategy is cost (Q, G) -> prediction (K,), object (K,); a cost is (one, target) -> (Q, G); both
@@ -345,6 +346,8 @@ def main():
     add("--train", action="store_true", help="grade the effect too, by a run of minutes")
     add("--data-dir", metavar="DIR",
         help="other pictures to train on (scenes.py --seed N --out DIR)")
+    add("--many", type=int, metavar="K", help="the run has a second branch, whose --many-assign the "
+        "strategy is; its --assign is hungarian")
     add("--reference", action="store_true", help="train the reference rules for --train")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of --reference")
     args = parser.parse_args()
@@ -361,6 +364,8 @@ def main():
             parser.error("name a strategy or a cost: my.py:f")
         function = (ideas.load("grade.py", args.function) if ":" in args.function
                     else assign.load_strategy(args.function))
+        if args.many and is_cost(function):
+            parser.error("--many takes a strategy, not a cost")
         rows = contract(function, args.seed)
         figures = {}
         if args.train and not REFERENCE.exists():
@@ -368,6 +373,9 @@ def main():
         if args.train and all(points == of for _, _, points, of, _ in rows):
             reference = json.loads(REFERENCE.read_text())
             flag = "--cost" if is_cost(function) else "--assign"
+            if args.many:
+                own += ["--many", str(args.many)]
+                flag = "--many-assign"
             name = f"grade-{Path(args.function.replace(':', '-')).name}-{args.seed}"
             out = runs.free_name(Path("runs") / name)    # the function may have changed since
             figures = effect(out, [flag, args.function, "--seed", str(args.seed), *own])

@@ -135,3 +135,37 @@ def test_points_of_the_effect_are_a_straight_line_between_the_published_cut_offs
     assert points(30, 31) == [25, 50]                    # half of the way from 20; 1 AP is allowed
     assert points(20, 41) == [0, 0]
     assert points(40, 51) == [50, 25]                    # half-way from 21 down to 1
+
+
+def test_each_grading_trains_a_run_of_its_own_as_the_rule_or_as_that_of_a_second_branch(
+        tmp_path, monkeypatch, capsys):
+    asked, figures = [], {"AP": 40.0, "AP+NMS": 40.0, "duplicates": 0.1, "gap": 0.3}
+
+    def trained(out, words):
+        asked.append((out, words))
+        (tmp_path / out).mkdir(parents=True)
+        return figures
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grade, "effect", trained)
+    monkeypatch.setattr(grade, "REFERENCE", tmp_path / "reference.json")
+    (tmp_path / "reference.json").write_text(json.dumps(
+        {"end-to-end": [figures], "one-to-many (top-k)": [{**figures, "AP": 20.0}]}))
+    for words in ("", "", "--many 6"):
+        monkeypatch.setattr(sys, "argv", ["grade.py", "hungarian", "--train", *words.split()])
+        with pytest.raises(SystemExit) as end:
+            grade.main()
+        assert end.value.code == 0, capsys.readouterr()
+    assert asked == [("runs/grade-hungarian-0", ["--assign", "hungarian", "--seed", "0"]),
+                     ("runs/grade-hungarian-0-2", ["--assign", "hungarian", "--seed", "0"]),
+                     ("runs/grade-hungarian-0-3", ["--many-assign", "hungarian", "--seed", "0",
+                                                   "--many", "6"])]
+
+
+def test_a_finished_run_is_read_and_not_trained_again(tiny_scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, "STEPS", 2)
+    words = ["--data-dir", str(tiny_scenes), "--width", "16", "--depth", "1", "--batch-size", "4"]
+    first = grade.effect(tmp_path / "run", words)
+    assert set(first) == {"AP", "AP+NMS", "duplicates", "gap"}
+    monkeypatch.setattr(grade.subprocess, "run", None)   # to call it is an error now
+    assert grade.effect(tmp_path / "run", words) == first
