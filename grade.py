@@ -6,6 +6,7 @@
     python grade.py my.py:f --train                 and its effect: a run of minutes, beside the
                                                     reference rules; 100 points more
     python grade.py my.py:f --train --many 6        the same as the strategy of a second branch
+    python grade.py --collect *.json                a table of gradings, a line a function
     python grade.py --reference --seeds 0 1 2       trains the reference rules
 
 A strategy is cost (Q, G) -> prediction (K,), object (K,); a cost is (one, target) -> (Q, G); both
@@ -318,14 +319,21 @@ def linear(value, low, high):
     return min(1.0, max(0.0, (value - low) / (high - low)))
 
 
-def effect_points(figures, reference):
+def reference():
+    """{rule: [what `effect` says, of each seed]}.  Raises AssignError if it is not there."""
+    if not REFERENCE.exists():
+        raise AssignError(f"there is no {REFERENCE}, which --reference makes")
+    return json.loads(REFERENCE.read_text())
+
+
+def effect_points(figures, rules):
     """[(rule, words, points, of, "")]: cut-offs are means of the reference rules over their seeds.
 
     AP without NMS: from 0 at half of the end-to-end rule's to 50 at the whole of it.  What NMS
     adds: from 0 at what it adds to top-k to 50 at what it adds to end-to-end, 1 AP allowed.
     """
     mean = {rule: {name: sum(run[name] for run in seeds) / len(seeds) for name in seeds[0]}
-            for rule, seeds in reference.items()}
+            for rule, seeds in rules.items()}
     best, many = mean["end-to-end"], mean["one-to-many (top-k)"]
     gain = figures["AP+NMS"] - figures["AP"]
     rows = (("AP", "AP without NMS", figures["AP"], best["AP"] / 2, best["AP"]),
@@ -334,6 +342,39 @@ def effect_points(figures, reference):
     return [(rule, f"{words}: {value:.1f} (0 points at {low:.1f}, 50 at {high:.1f})",
              round(50 * linear(value, low, high)), 50, "")
             for rule, words, value, low, high in rows]
+
+
+def graded(file):
+    """What --json wrote.  Raises AssignError."""
+    try:
+        content = json.loads(Path(file).read_text())
+        return {key: content[key] for key in ("function", "seed", "points", "of", "effect")}
+    except (ValueError, KeyError, TypeError):
+        raise AssignError(f"{file} is not a file of grade.py --json") from None
+
+
+def table(files):
+    """Lines of Markdown: the reference rules, then functions, each with its mean over the seeds."""
+    lines = {rule: [{"effect": found} for found in seeds] for rule, seeds in reference().items()}
+    for grading in map(graded, files):
+        lines.setdefault(f"`{grading['function']}`", []).append(grading)
+
+    def cell(numbers, digits):
+        """Mean, and half the range if there are several."""
+        known = [number for number in numbers if number is not None]
+        if not known:
+            return ""
+        spread = f" ± {(max(known) - min(known)) / 2:.{digits}f}" if len(known) > 1 else ""
+        return f"{sum(known) / len(known):.{digits}f}{spread}"
+
+    columns = {"AP": 1, "AP+NMS": 1, "duplicates": 2, "gap": 2}
+    yield f"| | seeds | points | {' | '.join(columns)} |"
+    yield "|---" * (3 + len(columns)) + "|"
+    for name, gradings in lines.items():
+        points = cell([one.get("points") for one in gradings], 0)
+        effects = [cell([one["effect"].get(column) for one in gradings], digits)
+                   for column, digits in columns.items()]
+        yield f"| {name} | {len(gradings)} | {points} | {' | '.join(effects)} |"
 
 
 def main():
@@ -346,19 +387,23 @@ def main():
     add("--train", action="store_true", help="grade the effect too, by a run of minutes")
     add("--data-dir", metavar="DIR",
         help="other pictures to train on (scenes.py --seed N --out DIR)")
-    add("--many", type=int, metavar="K", help="the run has a second branch, whose --many-assign the "
-        "strategy is; its --assign is hungarian")
+    add("--many", type=int, metavar="K", help="the run has a second branch, whose --many-assign "
+        "the strategy is; its --assign is hungarian")
+    add("--collect", nargs="+", metavar="FILE", help="files of --json, to a table")
     add("--reference", action="store_true", help="train the reference rules for --train")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of --reference")
     args = parser.parse_args()
     own = ["--data-dir", args.data_dir] if args.data_dir else []
     with runs.faults_told("grade.py", AssignError, annotations.DataError):
         if args.reference:
-            reference = {rule: [effect(f"runs/reference/{rule.split()[0]}-{seed}",
-                                       [*words, "--seed", str(seed), *own]) for seed in args.seeds]
-                         for rule, words in RULES.items()}
-            runs.write_json(REFERENCE, reference, indent=1)
+            trained = {rule: [effect(f"runs/reference/{rule.split()[0]}-{seed}",
+                                     [*words, "--seed", str(seed), *own]) for seed in args.seeds]
+                       for rule, words in RULES.items()}
+            runs.write_json(REFERENCE, trained, indent=1)
             print(f"wrote {REFERENCE}")
+            return
+        if args.collect:
+            print("\n".join(table(args.collect)))
             return
         if not args.function:
             parser.error("name a strategy or a cost: my.py:f")
@@ -368,10 +413,8 @@ def main():
             parser.error("--many takes a strategy, not a cost")
         rows = contract(function, args.seed)
         figures = {}
-        if args.train and not REFERENCE.exists():
-            raise AssignError(f"--train compares with {REFERENCE}, which --reference makes")
         if args.train and all(points == of for _, _, points, of, _ in rows):
-            reference = json.loads(REFERENCE.read_text())
+            rules = reference()
             flag = "--cost" if is_cost(function) else "--assign"
             if args.many:
                 own += ["--many", str(args.many)]
@@ -379,12 +422,12 @@ def main():
             name = f"grade-{Path(args.function.replace(':', '-')).name}-{args.seed}"
             out = runs.free_name(Path("runs") / name)    # the function may have changed since
             figures = effect(out, [flag, args.function, "--seed", str(args.seed), *own])
-            for rule, seeds in reference.items():
+            for rule, seeds in rules.items():
                 bands = ", ".join(f"{name} {min(s[name] for s in seeds):.2f} to "
                                   f"{max(s[name] for s in seeds):.2f}" for name in seeds[0])
                 print(f"{rule}, {len(seeds)} seeds: {bands}")
             print(f"{args.function}: " + ", ".join(f"{n} {v:.2f}" for n, v in figures.items()))
-            rows += effect_points(figures, reference)
+            rows += effect_points(figures, rules)
 
     for _, words, points, of, wrong in rows:
         print(f"{points:3}/{of:<3} {words}" + (f"\n        {wrong}" if wrong else ""))

@@ -169,3 +169,30 @@ def test_a_finished_run_is_read_and_not_trained_again(tiny_scenes, tmp_path, mon
     assert set(first) == {"AP", "AP+NMS", "duplicates", "gap"}
     monkeypatch.setattr(grade.subprocess, "run", None)   # to call it is an error now
     assert grade.effect(tmp_path / "run", words) == first
+
+
+def test_gradings_become_a_table_of_means_and_half_ranges(tmp_path, monkeypatch, capsys):
+    def effect(ap):
+        return {"AP": ap, "AP+NMS": ap + 1, "duplicates": 0.25, "gap": 0.3}
+
+    monkeypatch.setattr(grade, "REFERENCE", tmp_path / "reference.json")
+    (tmp_path / "reference.json").write_text(json.dumps({"end-to-end": [effect(40), effect(42)]}))
+    for n, found in enumerate([effect(30), effect(33), {}]):
+        (tmp_path / f"{n}.json").write_text(json.dumps(
+            {"function": "my.py:f" if n < 2 else "b.py:f", "seed": n, "points": 180 - 90 * (n // 2),
+             "of": 200, "effect": found, "rows": []}))
+    files = [str(tmp_path / f"{n}.json") for n in range(3)]
+    monkeypatch.setattr(sys, "argv", ["grade.py", "--collect", *files])
+    grade.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| | seeds | points | AP | AP+NMS | duplicates | gap |"
+    assert lines[2:] == [
+        "| end-to-end | 2 |  | 41.0 ± 1.0 | 42.0 ± 1.0 | 0.25 ± 0.00 | 0.30 ± 0.00 |",
+        "| `my.py:f` | 2 | 180 ± 0 | 31.5 ± 1.5 | 32.5 ± 1.5 | 0.25 ± 0.00 | 0.30 ± 0.00 |",
+        "| `b.py:f` | 1 | 90 |  |  |  |  |"]
+
+    (tmp_path / "0.json").write_text("[1]")
+    with pytest.raises(SystemExit) as end:
+        grade.main()
+    assert end.value.code == 2
+    assert "0.json is not a file of grade.py --json" in capsys.readouterr().err
