@@ -10,16 +10,20 @@ paper's two findings are two lines of this file:
 Read it in this order: `match`, which does it for a batch; the strategies; the costs.
 
 To try an idea of your own, change a function here, or write `assign(cost)` in a file and run
-`python train.py --assign my.py:assign`; `pytest tests/test_assign.py --assigner my.py:assign` tells
-whether it keeps the contract:
+`python train.py --assign my.py:assign`; `python grade.py my.py:assign` tells whether it keeps the
+contract:
 
   cost: (Q, G) float32, finite, lower is better, or inf = forbidden; Q or G may be 0
   returns prediction (K,), object (K,), both long, the positive pairs, on any device.  A prediction
   appears at most once, unless the function says `my_function.shares_predictions = True`
-  (`my_function.one_to_one = True` makes the test check that too); object IGNORE makes a prediction
+  (`my_function.one_to_one = True` makes grade.py check that too); object IGNORE makes a prediction
   neither positive nor negative.  Predictions that do not appear are negative.  Leave cost as it is,
-  and do not depend on the order of its rows and columns.  Training checks shapes, types and ranges;
-  the rest only the test does.
+  and do not depend on the order of its rows and columns, or say `my_function.randomised = True`.
+  Training checks shapes, types and ranges; the rest only grade.py does.
+
+A cost of your own, `--cost my.py:f`, is f(one, target) -> (Q, G) floating point, inf = forbidden,
+never NaN, from the Prediction of one image (models.py) and its target (data.py).  Both kinds are
+told how far training is, from 0 to 1, if they name an argument `progress`.
 """
 from typing import NamedTuple
 

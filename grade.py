@@ -11,12 +11,15 @@
 
 A strategy is cost (Q, G) -> prediction (K,), object (K,); a cost is (one, target) -> (Q, G); both
 are explained at the top of assign.py.  One that draws lots says `my_strategy.randomised = True` and
-is spared the check of the order.
+is spared the check of the order.  Points say that a detector can be trained with it, not that it is
+what an exercise asks for.  Exit code: 0 the contract is kept, 1 it is not, 2 nothing could be
+graded.
 """
 import argparse
 import copy
 import inspect
 import json
+import re
 import subprocess
 import sys
 import time
@@ -53,18 +56,25 @@ def demand(rule, kept, sentence):
 # the contract of a strategy
 # ------------------------------------------------------------------------------------------------
 
-# rule: points, in words
+# rule: points, in words; in the order in which they are checked
 STRATEGY = {
     "answers": (15, "answers every cost (Q, G), also with Q = 0, G = 0 or G > Q"),
-    "chooses": (5, "gives somebody a positive sample, where every pair is allowed"),
     "form": (15, "returns two long vectors of one length"),
     "range": (10, "numbers that exist: predictions 0...Q-1, objects 0...G-1 or IGNORE"),
+    "chooses": (5, "gives somebody a positive sample, where a pair is allowed"),
     "forbidden": (15, "never uses a forbidden pair (cost inf)"),
     "once": (15, "gives a prediction to one object at most, or says that it shares"),
     "leaves": (10, "leaves the cost as it was given"),
     "order": (10, "looks at the costs only, not at the order of rows and columns"),
     "speed": (5, "answers a dense head, 5,000 x 20, in half a second"),
 }
+
+
+def kind(answer):
+    """Of what type a value is, and its parts, in words."""
+    parts = answer if isinstance(answer, (tuple, list)) else ()
+    of = ", ".join(type(part).__name__ for part in parts[:4])
+    return f"{type(answer).__name__}" + (f" of {len(parts)}: {of}" if parts else "")
 
 
 def check_contract(strategy, cost):
@@ -79,14 +89,12 @@ def check_contract(strategy, cost):
     # what it returns ...
     demand("form", isinstance(answer, (tuple, list)) and len(answer) == 2
            and all(torch.is_tensor(part) for part in answer),
-           "a strategy must return two tensors: prediction, object")
+           f"a strategy must return two tensors, prediction and object; this is {kind(answer)}")
     prediction, objects = answer
     demand("form", prediction.dtype == objects.dtype == torch.long,
            "both tensors must be long (use .long()), also when empty")
     demand("form", prediction.ndim == 1 and prediction.shape == objects.shape,
            "both tensors must be vectors of one length")
-    demand("leaves", torch.equal(given, cost),
-           "a strategy must not modify the cost it is given; work on cost.clone()")
 
     # ... which numbers stand in it ...
     demand("range", ((prediction >= 0) & (prediction < Q)).all(),
@@ -95,13 +103,13 @@ def check_contract(strategy, cost):
            f"an object must be one of 0 ... G - 1 (here G = {G}), or {IGNORE} for a prediction to "
            f"ignore")
     positive = objects != IGNORE
-    demand("chooses", positive.any() or not (cost < INF).all() or not cost.numel(),
-           f"a cost of {Q} x {G} in which every pair is allowed got no positive sample: nothing "
-           f"would be learned")
+    demand("chooses", positive.any() or not (cost < INF).any(),
+           f"a cost of {Q} x {G} with allowed pairs got no positive sample: nothing would be "
+           f"learned")
     demand("forbidden", (cost[prediction[positive], objects[positive]] < INF).all(),
            "a forbidden pair (cost inf) must never be used")
 
-    # ... and how often each may
+    # ... how often each may, and what became of the cost
     if getattr(strategy, "shares_predictions", False):
         demand("once", len(set(zip(prediction.tolist(), objects.tolist()))) == len(prediction),
                "a pair must appear at most once")
@@ -113,6 +121,8 @@ def check_contract(strategy, cost):
         demand("once", positive.all() and len(objects.unique()) == len(objects),
                "a strategy that claims one_to_one must give each object at most one prediction, "
                "and ignore none")
+    demand("leaves", torch.equal(given, cost),
+           "a strategy must not modify the cost it is given; work on cost.clone()")
     return prediction, objects
 
 
@@ -250,38 +260,43 @@ def is_cost(function):
                for p in parameters) == 2
 
 
-def tensors_of(case):
-    """What a case is about: its cost, or its predictions and objects."""
-    return [case[0].flatten()] if torch.is_tensor(case[0]) else [case[0].logits, case[1]["boxes"]]
+def is_choice(case):
+    """Whether there is something to choose or to price: nothing is nobody's merit."""
+    if torch.is_tensor(case[0]):
+        return bool((case[0] < INF).any())               # a cost
+    return len(case[0].logits) > 0 and len(case[1]["boxes"]) > 0
 
 
 def contract(function, seed=0):
-    """[(rule, words, points, of, wrong)] of every rule; wrong: a sentence, or "".
+    """[(rule, words, points, of, wrong)] of each rule, broken ones first; wrong: a sentence, or "".
 
-    A rule that no case could get to, because an earlier one was broken in all of them, has 0.
+    A rule has its points if a case with something to choose has shown that it is kept.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)                              # for those that draw lots
     rules, cases = (COST, cost_cases) if is_cost(function) else (STRATEGY, strategy_cases)
-    broken, passed = {}, set()
+    of_check = {check_order: ["order"], check_speed: ["speed"],
+                check_places: ["predictions", "objects"]}
+    of_all = [rule for rule in rules if rule not in sum(of_check.values(), [])]
+    broken, kept = {}, set()
     for check, *case in cases(generator):
+        reached = of_all + of_check.get(check, [])
         try:
             check(function, *case)
-            if all(len(part) for part in tensors_of(case)):      # nothing is nobody's merit
-                passed.add(check)
         except Broken as fault:
             broken.setdefault(fault.rule, str(fault))
+            reached = reached[:reached.index(fault.rule)]
+        if is_choice(case):
+            kept.update(reached)
         if "no answer after" in broken.get("answers", ""):
             break                                        # it would take its time in every case
 
     rows = []
     for rule, (points, words) in rules.items():
-        needs = {"order": check_order, "predictions": check_places, "objects": check_places,
-                 "speed": check_speed}.get(rule)
-        reached = needs in passed if needs else bool(passed)
-        wrong = broken.get(rule, "" if reached else "could not be checked for the faults above")
+        wrong = broken.get(rule, "" if rule in kept else "could not be checked: another rule was "
+                                                         "broken first")
         rows.append((rule, words, 0 if wrong else points, points, wrong))
-    return rows
+    return sorted(rows, key=lambda row: row[0] not in broken)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -327,28 +342,33 @@ def reference():
 
 
 def effect_points(figures, rules):
-    """[(rule, words, points, of, "")]: cut-offs are means of the reference rules over their seeds.
+    """[(rule, words, points, of, "")] of figures, by what the reference rules did; 50 points each.
 
-    AP without NMS: from 0 at half of the end-to-end rule's to 50 at the whole of it.  What NMS
-    adds: from 0 at what it adds to top-k to 50 at what it adds to end-to-end, 1 AP allowed.
+    All from the worst of the end-to-end rule's seeds on.  None at half of its AP without NMS, or if
+    NMS adds twice what it adds to location only.  On a straight line between.
     """
-    mean = {rule: {name: sum(run[name] for run in seeds) / len(seeds) for name in seeds[0]}
-            for rule, seeds in rules.items()}
-    best, many = mean["end-to-end"], mean["one-to-many (top-k)"]
-    gain = figures["AP+NMS"] - figures["AP"]
-    rows = (("AP", "AP without NMS", figures["AP"], best["AP"] / 2, best["AP"]),
-            ("gain", "what NMS adds to AP", gain, many["AP+NMS"] - many["AP"],
-             max(1.0, best["AP+NMS"] - best["AP"])))
+    def gains(rule):
+        return [run["AP+NMS"] - run["AP"] for run in rules[rule]]
+
+    ap, gain = min(run["AP"] for run in rules["end-to-end"]), max(gains("end-to-end"))
+    location = sum(gains("location only")) / len(rules["location only"])
+    rows = (("AP", "AP without NMS", figures["AP"], ap / 2, ap),
+            ("gain", "what NMS adds to AP", figures["AP+NMS"] - figures["AP"], 2 * location, gain))
     return [(rule, f"{words}: {value:.1f} (0 points at {low:.1f}, 50 at {high:.1f})",
              round(50 * linear(value, low, high)), 50, "")
             for rule, words, value, low, high in rows]
+
+
+# of --json; gradings that differ in nothing but the seed are a line of the table
+SAME = "function", "sha256", "many", "data_dir", "of"
+GRADED = *SAME, "seed", "points", "effect"
 
 
 def graded(file):
     """What --json wrote.  Raises AssignError."""
     try:
         content = json.loads(Path(file).read_text())
-        return {key: content[key] for key in ("function", "seed", "points", "of", "effect")}
+        return {key: content[key] for key in GRADED}
     except (ValueError, KeyError, TypeError):
         raise AssignError(f"{file} is not a file of grade.py --json") from None
 
@@ -356,8 +376,13 @@ def graded(file):
 def table(files):
     """Lines of Markdown: the reference rules, then functions, each with its mean over the seeds."""
     lines = {rule: [{"effect": found} for found in seeds] for rule, seeds in reference().items()}
-    for grading in map(graded, files):
-        lines.setdefault(f"`{grading['function']}`", []).append(grading)
+    names = {}
+    for file in files:
+        grading = graded(file)
+        key = tuple(grading[part] for part in SAME)
+        lines.setdefault(key, []).append(grading)
+        # who handed in the same code stands in one line
+        names.setdefault(key, {})[re.sub(r"-\d+$", "", Path(file).stem)] = None
 
     def cell(numbers, digits):
         """Mean, and half the range if there are several."""
@@ -368,13 +393,18 @@ def table(files):
         return f"{sum(known) / len(known):.{digits}f}{spread}"
 
     columns = {"AP": 1, "AP+NMS": 1, "duplicates": 2, "gap": 2}
-    yield f"| | seeds | points | {' | '.join(columns)} |"
-    yield "|---" * (3 + len(columns)) + "|"
-    for name, gradings in lines.items():
-        points = cell([one.get("points") for one in gradings], 0)
+    yield f"| | function | seeds | points | {' | '.join(columns)} |"
+    yield "|---" * (4 + len(columns)) + "|"
+    for key, gradings in lines.items():
+        who, function, points = "reference", key, ""
+        if key in names:
+            who, function = ", ".join(names[key]), f"`{gradings[0]['function']}`"
+            points = f"{cell([one['points'] for one in gradings], 0)} of {gradings[0]['of']}"
+            if gradings[0]["many"]:
+                function += f", `--many {gradings[0]['many']}`"
         effects = [cell([one["effect"].get(column) for one in gradings], digits)
                    for column, digits in columns.items()]
-        yield f"| {name} | {len(gradings)} | {points} | {' | '.join(effects)} |"
+        yield f"| {who} | {function} | {len(gradings)} | {points} | {' | '.join(effects)} |"
 
 
 def main():
@@ -407,13 +437,15 @@ def main():
             return
         if not args.function:
             parser.error("name a strategy or a cost: my.py:f")
-        function = (ideas.load("grade.py", args.function) if ":" in args.function
-                    else assign.load_strategy(args.function))
+        function = assign.load_strategy(args.function, "grade.py")
         if args.many and is_cost(function):
             parser.error("--many takes a strategy, not a cost")
+        print("a cost, of two arguments: one and target" if is_cost(function)
+              else "a strategy, of one argument: the cost")
         rows = contract(function, args.seed)
+        kept = all(points == of for _, _, points, of, _ in rows)
         figures = {}
-        if args.train and all(points == of for _, _, points, of, _ in rows):
+        if args.train and kept:
             rules = reference()
             flag = "--cost" if is_cost(function) else "--assign"
             if args.many:
@@ -436,9 +468,12 @@ def main():
     if args.train and not figures:
         print("the effect is graded once the contract is kept")
     if args.json:
-        runs.write_json(args.json, {"function": args.function, "seed": args.seed, "points": points,
-                                    "of": of, "effect": figures, "rows": rows}, indent=1)
-    sys.exit(0 if points == of else 1)
+        own_file = args.function.rpartition(":")[0]
+        runs.write_json(args.json, {
+            "function": args.function, "sha256": ideas.digest(args.function) if own_file else None,
+            "many": args.many, "data_dir": args.data_dir, "seed": args.seed, "points": points,
+            "of": of, "effect": figures, "rows": rows}, indent=1)
+    sys.exit(0 if kept else 1)
 
 
 if __name__ == "__main__":

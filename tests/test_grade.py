@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import assign
 import grade
 
 ROOT = Path(grade.__file__).parent
@@ -62,12 +64,13 @@ def lost(rows):
     (BROKEN, {"answers": "for 0 x 0 it raised IndexError", "forbidden": "inf", "once": "at most"}),
     (RANDOM, {}),
     (RANDOM.replace("f.randomised = True", ""), {"order": "if it draws lots"}),
-    (CHEATING, {"order": "another order"}),
-    (NOTHING, {"chooses": "in which every pair is allowed got no positive"}),
+    (CHEATING, {"order": "another order", "chooses": "with allowed pairs got no positive"}),
+    (NOTHING, {"chooses": "with allowed pairs got no positive"}),
     (SLOW, {"speed": "5000 x 20 took 0.6 s"}),
     ("def f(cost):\n    return 1 / 0\n", {"answers": "my.py, line 2: return 1 / 0"}),
     ("def f(cost):\n    cost += 1\n    return cost.argmin(0), cost.argmin(0)\n",
-     {"answers": "0 x 0", "leaves": "modify", "forbidden": "inf"}),
+     {"answers": "0 x 0", "range": "an object must be one of", "forbidden": "inf",
+      "once": "at most once", "leaves": "modify"}),
 ])
 def test_a_strategy_loses_the_points_of_what_it_breaks(tmp_path, text, rules):
     rows = graded(tmp_path, text)
@@ -125,8 +128,8 @@ def test_the_command_prints_a_line_a_rule_and_writes_for_a_grader(tmp_path):
 
 
 def test_points_of_the_effect_are_a_straight_line_between_the_published_cut_offs():
-    reference = {"end-to-end": [{"AP": 38, "AP+NMS": 38}, {"AP": 42, "AP+NMS": 42}],
-                 "one-to-many (top-k)": [{"AP": 20, "AP+NMS": 41}]}
+    reference = {"end-to-end": [{"AP": 40, "AP+NMS": 41}, {"AP": 42, "AP+NMS": 42}],
+                 "location only": [{"AP": 36, "AP+NMS": 39}, {"AP": 34, "AP+NMS": 36}]}
 
     def points(ap, nms):
         return [row[2] for row in grade.effect_points({"AP": ap, "AP+NMS": nms}, reference)]
@@ -134,7 +137,7 @@ def test_points_of_the_effect_are_a_straight_line_between_the_published_cut_offs
     assert points(40, 40) == [50, 50] and points(45, 44) == [50, 50]
     assert points(30, 31) == [25, 50]                    # half of the way from 20; 1 AP is allowed
     assert points(20, 41) == [0, 0]
-    assert points(40, 51) == [50, 25]                    # half-way from 21 down to 1
+    assert points(40, 43) == [50, 25]                    # half-way from 5, twice 2.5, down to 1
 
 
 def test_each_grading_trains_a_run_of_its_own_as_the_rule_or_as_that_of_a_second_branch(
@@ -150,7 +153,7 @@ def test_each_grading_trains_a_run_of_its_own_as_the_rule_or_as_that_of_a_second
     monkeypatch.setattr(grade, "effect", trained)
     monkeypatch.setattr(grade, "REFERENCE", tmp_path / "reference.json")
     (tmp_path / "reference.json").write_text(json.dumps(
-        {"end-to-end": [figures], "one-to-many (top-k)": [{**figures, "AP": 20.0}]}))
+        {"end-to-end": [figures], "location only": [{**figures, "AP": 36.0}]}))
     for words in ("", "", "--many 6"):
         monkeypatch.setattr(sys, "argv", ["grade.py", "hungarian", "--train", *words.split()])
         with pytest.raises(SystemExit) as end:
@@ -177,22 +180,57 @@ def test_gradings_become_a_table_of_means_and_half_ranges(tmp_path, monkeypatch,
 
     monkeypatch.setattr(grade, "REFERENCE", tmp_path / "reference.json")
     (tmp_path / "reference.json").write_text(json.dumps({"end-to-end": [effect(40), effect(42)]}))
-    for n, found in enumerate([effect(30), effect(33), {}]):
-        (tmp_path / f"{n}.json").write_text(json.dumps(
-            {"function": "my.py:f" if n < 2 else "b.py:f", "seed": n, "points": 180 - 90 * (n // 2),
-             "of": 200, "effect": found, "rows": []}))
-    files = [str(tmp_path / f"{n}.json") for n in range(3)]
+    # anna in two sittings and ben with a copy of it; carl with code of his own
+    names = "anna-0", "anna-1", "ben", "carl"
+    for n, (name, found) in enumerate(zip(names, [effect(30), effect(33), effect(36), {}])):
+        copied, points = n < 3, 180 - 90 * (n // 3)
+        (tmp_path / f"{name}.json").write_text(json.dumps(
+            {"function": "my.py:f", "sha256": "ab" if copied else "cd", "many": None,
+             "data_dir": None, "seed": n, "points": points, "of": 200 if copied else 100,
+             "effect": found, "rows": []}))
+    files = [str(tmp_path / f"{name}.json") for name in names]
     monkeypatch.setattr(sys, "argv", ["grade.py", "--collect", *files])
     grade.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| | seeds | points | AP | AP+NMS | duplicates | gap |"
+    assert lines[0] == "| | function | seeds | points | AP | AP+NMS | duplicates | gap |"
     assert lines[2:] == [
-        "| end-to-end | 2 |  | 41.0 ± 1.0 | 42.0 ± 1.0 | 0.25 ± 0.00 | 0.30 ± 0.00 |",
-        "| `my.py:f` | 2 | 180 ± 0 | 31.5 ± 1.5 | 32.5 ± 1.5 | 0.25 ± 0.00 | 0.30 ± 0.00 |",
-        "| `b.py:f` | 1 | 90 |  |  |  |  |"]
+        "| reference | end-to-end | 2 |  | 41.0 ± 1.0 | 42.0 ± 1.0 | 0.25 ± 0.00 | 0.30 ± 0.00 |",
+        "| anna, ben | `my.py:f` | 3 | 180 ± 0 of 200 | 33.0 ± 3.0 | 34.0 ± 3.0 | 0.25 ± 0.00 "
+        "| 0.30 ± 0.00 |",
+        "| carl | `my.py:f` | 1 | 90 of 100 |  |  |  |  |"]
 
-    (tmp_path / "0.json").write_text("[1]")
+    (tmp_path / "carl.json").write_text("[1]")
     with pytest.raises(SystemExit) as end:
         grade.main()
     assert end.value.code == 2
-    assert "0.json is not a file of grade.py --json" in capsys.readouterr().err
+    assert "carl.json is not a file of grade.py --json" in capsys.readouterr().err
+
+
+def test_points_are_for_what_was_shown_where_there_was_something_to_choose():
+    """Who never gives a pair has only shown answers of the right form; who spoils every cost has
+    shown all that was looked at before."""
+    def nobody(cost):
+        return torch.zeros(2, 0, dtype=torch.long).unbind()
+
+    def in_place(cost):
+        q, g = assign.hungarian(cost)
+        cost += 1
+        return q, g
+
+    def points(strategy):
+        return {rule: points for rule, _, points, *_ in grade.contract(strategy) if points}
+
+    assert points(nobody) == {"answers": 15, "form": 15, "range": 10}
+    assert points(in_place) == {"answers": 15, "form": 15, "range": 10, "chooses": 5,
+                                "forbidden": 15, "once": 15}
+    first = grade.contract(in_place)[0]
+    assert first[0] == "leaves" and "work on cost.clone()" in first[4]
+
+
+@pytest.mark.parametrize("answer, words", [
+    (None, "this is NoneType"), ([[0], [0]], "this is list of 2: list, list"),
+    ((torch.zeros(0).long(),) * 3, "this is tuple of 3: Tensor, Tensor, Tensor"),
+])
+def test_what_has_no_form_is_told_with_what_it_is(answer, words):
+    rule, *_, wrong = grade.contract(lambda cost: answer)[0]
+    assert rule == "form" and words in wrong
