@@ -58,8 +58,9 @@ for box, label in zip(targets[0]["boxes"].tolist(), targets[0]["labels"].tolist(
 # %% [markdown]
 # ## 3. Eq. 5 on a detector that knows nothing yet
 # The cost of making each prediction the sample of each object: location alone, and with the
-# classification cost.  Before training all scores are alike, so the two agree.  Come back to this
-# cell with `model, _ = checkpoints.load(OUT / "end-to-end" / "last.pt")` after cell 4.
+# classification cost.  Before training all scores are nearly alike, but so are many boxes: some
+# positives change, some do not.  Come back to this cell with
+# `model, _ = checkpoints.load(OUT / "end-to-end" / "last.pt")` after cell 4.
 
 # %%
 flags = {"detector": "fcos", "assign": "hungarian", **recipes.recipe("scenes", "fcos")}
