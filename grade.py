@@ -61,7 +61,7 @@ STRATEGY = {
     "answers": (15, "answers every cost (Q, G), also with Q = 0, G = 0 or G > Q"),
     "form": (15, "returns two long vectors of one length"),
     "range": (10, "numbers that exist: predictions 0...Q-1, objects 0...G-1 or IGNORE"),
-    "chooses": (5, "gives somebody a positive sample, where a pair is allowed"),
+    "chooses": (5, "gives somebody a positive sample, where every pair is allowed"),
     "forbidden": (15, "never uses a forbidden pair (cost inf)"),
     "once": (15, "gives a prediction to one object at most, or says that it shares"),
     "leaves": (10, "leaves the cost as it was given"),
@@ -103,9 +103,9 @@ def check_contract(strategy, cost):
            f"an object must be one of 0 ... G - 1 (here G = {G}), or {IGNORE} for a prediction to "
            f"ignore")
     positive = objects != IGNORE
-    demand("chooses", positive.any() or not (cost < INF).any(),
-           f"a cost of {Q} x {G} with allowed pairs got no positive sample: nothing would be "
-           f"learned")
+    demand("chooses", positive.any() or not (cost < INF).all() or not cost.numel(),
+           f"a cost of {Q} x {G} in which every pair is allowed got no positive sample: nothing "
+           f"would be learned")
     demand("forbidden", (cost[prediction[positive], objects[positive]] < INF).all(),
            "a forbidden pair (cost inf) must never be used")
 
@@ -288,6 +288,8 @@ def contract(function, seed=0):
             reached = reached[:reached.index(fault.rule)]
         if is_choice(case):
             kept.update(reached)
+        if "chooses" in broken:                          # of no pairs nothing more is known
+            kept &= set(of_all[:of_all.index("chooses")])
         if "no answer after" in broken.get("answers", ""):
             break                                        # it would take its time in every case
 
