@@ -43,6 +43,11 @@ class Figure(NamedTuple):
     seeds: int = 1
 
 
+def over_seeds(numbers):
+    """The Figure of a number that several runs have."""
+    return Figure(sum(numbers) / len(numbers), (max(numbers) - min(numbers)) / 2, len(numbers))
+
+
 def text(row, name):
     """A figure of a row, {name: Figure}, as it is printed; "" where there is none."""
     figure = row.get(name)

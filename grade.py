@@ -6,7 +6,7 @@
     python grade.py my.py:f --train                 and its effect: a run of minutes, beside the
                                                     reference rules; 100 points more
     python grade.py my.py:f --train --many 6        the same as the strategy of a second branch
-    python grade.py --collect *.json                a table of gradings, a line a function
+    python grade.py --collect *.json                a table of gradings, a line a hand-in
     python grade.py --reference --seeds 0 1 2       trains the reference rules
 
 A strategy is cost (Q, G) -> prediction (K,), object (K,); a cost is (one, target) -> (Q, G); both
@@ -29,6 +29,7 @@ import torch
 
 import annotations
 import assign
+import claims
 import data
 import evaluate
 import ideas
@@ -288,10 +289,10 @@ def contract(function, seed=0):
             reached = reached[:reached.index(fault.rule)]
         if is_choice(case):
             kept.update(reached)
-        if "chooses" in broken:                          # of no pairs nothing more is known
-            kept &= set(of_all[:of_all.index("chooses")])
         if "no answer after" in broken.get("answers", ""):
             break                                        # it would take its time in every case
+    if "chooses" in broken:                              # of no pairs nothing more is known
+        kept &= set(of_all[:of_all.index("chooses")])
 
     rows = []
     for rule, (points, words) in rules.items():
@@ -391,8 +392,9 @@ def table(files):
         known = [number for number in numbers if number is not None]
         if not known:
             return ""
-        spread = f" ± {(max(known) - min(known)) / 2:.{digits}f}" if len(known) > 1 else ""
-        return f"{sum(known) / len(known):.{digits}f}{spread}"
+        figure = claims.over_seeds(known)
+        spread = f" ± {figure.spread:.{digits}f}" if figure.seeds > 1 else ""
+        return f"{figure.mean:.{digits}f}{spread}"
 
     columns = {"AP": 1, "AP+NMS": 1, "duplicates": 2, "gap": 2}
     yield f"| | function | seeds | points | {' | '.join(columns)} |"

@@ -655,16 +655,19 @@ def headline(flags, num_pictures, num_classes):
 
 def run_name(flags):
     """The folder of a run without --out, below runs/."""
-    rule = flags["assign"].replace("/", "_").replace(":", "-")
+    def plain(name):
+        return name.replace("/", "_").replace(":", "-")
+
+    rule = plain(flags["assign"])
     if rule != "one-to-many":
         if flags.get("cost"):
-            rule += "-" + flags["cost"].replace("/", "_").replace(":", "-")
+            rule += f"-{plain(flags['cost'])}"
         for name, value in (("location_cost", "-{}"), ("class_cost", "-class{:g}")):
             rule += value.format(flags[name]) if name in flags else ""
         if flags.get("many"):
             rule += f"-many{flags['many']}"
             if flags["many_assign"] != "top-k":
-                rule += "-" + flags["many_assign"].replace("/", "_").replace(":", "-")
+                rule += f"-{plain(flags['many_assign'])}"
             if flags["many_weight"] != [1, 1]:
                 rule += "-weight{:g}-{:g}".format(*flags["many_weight"])
             rule += "-detach" if flags["many_detach"] else ""

@@ -108,8 +108,7 @@ def collect(planned, failed):
     table = {}
     for row, there in found.items():
         columns = {name: [numbers[name] for numbers in there] for name in (there or [{}])[0]}
-        table[row] = {name: Figure(sum(c) / len(c), (max(c) - min(c)) / 2, len(c))
-                      for name, c in columns.items() if None not in c}
+        table[row] = {name: claims.over_seeds(c) for name, c in columns.items() if None not in c}
     return table, missing
 
 
