@@ -561,20 +561,18 @@ def main():
     if unknown:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     with runs.faults_told("bench.py", runs.RunError):
-        runs.usable_device(args.device)
+        device = runs.join_processes(args.device).device
         torch.set_num_threads(1)
-        if args.device.startswith("cuda"):
-            torch.cuda.set_device(args.device)           # whose memory and clock are read
-        name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+        name = torch.cuda.get_device_name() if device.startswith("cuda") else device
         machine = {"device": name, "processor": processor(),
-                   "precision": runs.native_precision(args.device), "python":
+                   "precision": runs.native_precision(device), "python":
                    platform.python_version(), "torch": torch.__version__,
                    "torchvision": torchvision.__version__}
         print("  ".join(f"{key} {value}" for key, value in machine.items()))
         print(f"{'':58} {'ours':>12}   {'peer':28} {'its':>12} {'ratio':>7}")
         rows = []
         for part in args.parts or PARTS:
-            for row in PARTS[part](args.device):
+            for row in PARTS[part](device):
                 print(told(row), flush=True)
                 rows.append({"part": part, **row._asdict()})
         if args.json:

@@ -15,6 +15,7 @@ pixels of the resized picture.  A picture without objects is an ordinary picture
 import functools
 import multiprocessing
 import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -535,6 +536,8 @@ def end_workers():
     Without it an error would wait for them for ever.
     """
     children = multiprocessing.active_children()
+    # on a GPU a thread is still listening to them, and would print a traceback
+    threading.excepthook = lambda told: None
     if children and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's handler would call it a fault
     for child in children:
