@@ -1,9 +1,12 @@
 """Tables 1, 2 and 3: trains their rows, and prints them beside the paper's, with verdicts.
 
+A fourth, "many", is of what came after the paper: dual assignment.
+
     python tables.py 1 --seeds 0 1 2                    one-to-many against one-to-one
     python tables.py 2 --seeds 0 1 2 --jobs 2           what the classification cost does
     python tables.py 1 2 --detectors fcos               the rows of both in one table
     python tables.py 3                                  crowds
+    python tables.py many                               dual assignment
     python tables.py 2 --collect --readme docs/results.md   only what is there, into a page
     python tables.py 2 -- --steps 400                   what stands after -- goes to every row
 
@@ -140,7 +143,7 @@ def lines(args, extra, ours, paper):
         flags += [f"--detector {detector}"] * (detector != "fcos") + [FLAGS[rule], *extra]
         flags = " ".join(flag for flag in flags if flag)
         cells = [(row, name) for name in [*names, "minutes"]]
-        cells += [(paper[detector, rule], name) for name in papers]
+        cells += [(paper.get((detector, rule), {}), name) for name in papers]
         table.append([f"`{flags}`" if flags else "no flag", NAMES[detector], rule]
                      + [claims.text(row, name) for row, name in cells])
     return table
@@ -168,22 +171,23 @@ def read_command(words):
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     add = parser.add_argument
-    add("tables", nargs="+", choices=tuple(ROWS), metavar="TABLE", help="1, 2, 1 2 or 3")
+    add("tables", nargs="+", choices=tuple(ROWS), metavar="TABLE", help="1, 2, 1 2, 3 or many")
     add("--data", help="scenes (default) or coco; table 3: crowd (default) or crowdhuman")
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
     add("--detectors", nargs="+", choices=tuple(NAMES), metavar="D", help="default: all")
     add("--jobs", type=int, default=1, metavar="N", help="runs side by side (default: 1)")
     add("--collect", action="store_true", help="train nothing, take what is there")
-    add("--readme", metavar="FILE", help="a page: what stands in it between <!-- table 1 --> and "
-                                         "<!-- end of table 1 --> (or 2, 1 2, 3) is rewritten")
+    add("--readme", metavar="FILE",
+        help="a page: what stands in it between <!-- table 1 --> and <!-- end of table 1 --> (or 2, "
+             "1 2, 3, many) is rewritten")
     add("--out", default="runs/tables", metavar="DIR", help="default: runs/tables")
     args = parser.parse_args(words)
     args.tables = sorted(set(args.tables))
     choices, rows = DATA[args.tables[0]], sum((list(ROWS[n].values()) for n in args.tables), [])
     fits = [name for name in NAMES if any(name in detectors for detectors in rows)]
     args.data, args.detectors = args.data or choices[0], args.detectors or fits
-    if "3" in args.tables[1:]:
-        raise UsageError("table 3 stands alone: its data and figures are others")
+    if len(args.tables) > 1 and args.tables != ["1", "2"]:
+        raise UsageError(f"table {args.tables[-1]} stands alone: its rows or figures are others")
     if args.data not in choices or not set(args.detectors) <= set(fits):
         raise UsageError(f"table {args.tables[0]} has rows of {', '.join(fits)} on "
                          f"{' and '.join(choices)}, nothing else")
@@ -215,7 +219,7 @@ def run(args, extra):
     told += [line for _, line in judged]
     told += [f"Missing: {', '.join(map(str, missing))}."] if missing else []
 
-    table = lines(args, extra, ours, claims.paper_table(key == "3"))
+    table = lines(args, extra, ours, claims.paper_table(args.tables))
     text = markdown(table) + "".join(f"\n* {line}" for line in told) + "\n"
     name = f"{args.out}/table-{'-'.join(args.tables)}-{args.data}"
     Path(f"{name}.md").write_text(text)
