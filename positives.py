@@ -158,7 +158,8 @@ class Watch:
         """
         gaps, place, on_object = [], [], []
         agreement = []
-        second = prediction.aux[0] if prediction.aux and prediction.aux[0].many else None
+        # dense detectors: the same candidates; the two groups of queries have none in common
+        second = prediction.candidates is not None and any(aux.many for aux in prediction.aux)
         shared = 0
         objects = sum(len(target["boxes"]) for target in targets)
         for n, (target, match) in enumerate(zip(targets, matches[0])):
@@ -168,7 +169,8 @@ class Watch:
                 gaps.append(score_gaps(one, target))
                 place.append(ranks(one, target, match))
                 if second:
-                    agreement.append(agreed(second.image(n), target, match, matches[1][n]))
+                    agreement.append(agreed(prediction.aux[0].image(n), target, match,
+                                            matches[1][n]))
             if self.silhouettes and one.candidates is not None:
                 points = places(prediction, target, match)[:, :2].cpu()
                 size = target["original_size"].tolist()

@@ -5,6 +5,7 @@ Prediction for every decoder layer.  Otherwise they are what models.py says of d
 same alphabet; S is the number of cells of all encoded maps.
 """
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,29 @@ def from_layers(layers, scale, softmax=False):
     return layers[-1]
 
 
+class QueryDetector(Detector):
+    """A detector whose second branch, if there is one, is a second group of queries (H-DETR)."""
+
+    def second_branch(self, many, *last):
+        """`many` times as many queries, which share all layers and start afresh.  Not in the paper.
+
+        They learn from `many` positives an object, in training alone, and the two groups do not
+        see each other.  last: the names of the embeddings that hold the queries
+        """
+        self.many, self.last, self.twins = many, last, nn.ModuleList()
+        for own in [getattr(self, name) for name in last] if many else ():
+            self.twins.append(nn.Embedding(many * own.num_embeddings, own.embedding_dim))
+
+    def predictions(self, decode):
+        """`decode` of the queries; in training that of the second group joins its aux."""
+        prediction = decode(*(getattr(self, name).weight for name in self.last))
+        if self.many and self.training:
+            second = decode(*(twin.weight for twin in self.twins))
+            of_many = {"many": True, "weight": self.many_weight / self.many, "aux": []}
+            prediction.aux += [replace(layer, **of_many) for layer in [*second.aux, second]]
+        return prediction
+
+
 # ------------------------------------------------------------------------------------------------
 # transformer layers
 # ------------------------------------------------------------------------------------------------
@@ -133,7 +157,7 @@ def xavier(module):
 # DETR
 # ------------------------------------------------------------------------------------------------
 
-class DETR(Detector):
+class DETR(QueryDetector):
     """Carion et al., 2020: one coarse map, a transformer, softmax classes with one "no object".
 
     stride: of the map that is encoded (published: 32).
@@ -143,7 +167,7 @@ class DETR(Detector):
     divisor = 1                               # to the largest picture of the batch, as published
 
     def __init__(self, backbone, num_classes, width=256, heads=8, layers=6, hidden=2048,
-                 dropout=0.1, queries=100, stride=32, unused_ids=0, pixels="rgb"):
+                 dropout=0.1, queries=100, stride=32, unused_ids=0, many=0, pixels="rgb"):
         super().__init__(backbone, pixels)
         self.num_classes = num_classes
         self.count = backbone.strides.index(stride) + 1       # stages of the backbone that are used
@@ -164,6 +188,7 @@ class DETR(Detector):
         xavier(self.decoder)
         self.score = nn.Linear(width, num_classes + unused_ids + 1)
         self.box = box_head(width)
+        self.second_branch(many, "query")
 
     def forward(self, images, mask):
         x = self.features(images, mask, count=self.count)[-1]
@@ -182,13 +207,16 @@ class DETR(Detector):
             return attention(q, memory + position, memory, key_padding_mask=padding,
                              need_weights=False)[0]
 
-        query = self.query.weight.expand(x.shape[0], -1, -1)              # (B, Q, width)
-        h, layers = torch.zeros_like(query), []
-        for layer in self.decoder:
-            h = layer(h, query, to_image)
-            y = self.norm(h)
-            layers.append((self.score(y), self.box(y).float().sigmoid()))
-        return from_layers(layers, image_scale(mask), softmax=True)
+        def decode(queries):
+            query = queries.expand(x.shape[0], -1, -1)                    # (B, Q, width)
+            h, layers = torch.zeros_like(query), []
+            for layer in self.decoder:
+                h = layer(h, query, to_image)
+                y = self.norm(h)
+                layers.append((self.score(y), self.box(y).float().sigmoid()))
+            return from_layers(layers, image_scale(mask), softmax=True)
+
+        return self.predictions(decode)
 
     def scores(self, prediction):
         return prediction.logits.softmax(-1)[..., :self.num_classes]
@@ -276,7 +304,7 @@ class DeformableAttention(nn.Module):
         return self.output(found)
 
 
-class DeformableDETR(Detector):
+class DeformableDETR(QueryDetector):
     """Zhu et al., 2021: DETR on several levels with deformable attention, and sigmoid classes.
 
     levels: of the pyramid, counted from the coarsest
@@ -288,7 +316,7 @@ class DeformableDETR(Detector):
 
     def __init__(self, backbone, num_classes, width=256, heads=8, layers=6, hidden=1024,
                  dropout=0.1, queries=300, levels=4, points=4, refine=False, unused_ids=0,
-                 pixels="rgb"):
+                 many=0, pixels="rgb"):
         super().__init__(backbone, pixels)
         self.num_classes, self.refine = num_classes, refine
         channels = backbone.channels[-min(levels, 3):]
@@ -312,6 +340,7 @@ class DeformableDETR(Detector):
         self.query = nn.Embedding(queries, 2 * width)
         self.reference_points = nn.Linear(width, 2)
         self.initialise()
+        self.second_branch(many, "query")
 
     def initialise(self):
         for part in (self.encoder, self.decoder, self.reference_points):
@@ -370,25 +399,28 @@ class DeformableDETR(Detector):
         for layer in self.encoder:
             memory = layer(memory, among_cells)
 
-        # copies: torch.export takes the strides of expanded halves for a condition on B
-        query, h = (half.repeat(memory.shape[0], 1, 1)                    # (B, Q, width)
-                    for half in self.query.weight.chunk(2, -1))
-        box = self.reference_points(query).float().sigmoid()              # (B, Q, 2), later 4
-        layers = []
-        for n, layer in enumerate(self.decoder):
-            seen = box[:, :, None] * valid.repeat(1, 1, box.shape[-1] // 2)[:, None]
+        def decode(queries):
+            # copies: torch.export takes the strides of expanded halves for a condition on B
+            query, h = (half.repeat(memory.shape[0], 1, 1)                # (B, Q, width)
+                        for half in queries.chunk(2, -1))
+            box = self.reference_points(query).float().sigmoid()          # (B, Q, 2), later 4
+            layers = []
+            for n, layer in enumerate(self.decoder):
+                seen = box[:, :, None] * valid.repeat(1, 1, box.shape[-1] // 2)[:, None]
 
-            def to_image(attention, q):                                   # seen: (B, Q, L, 2 or 4)
-                return attention(q, seen, memory, shapes, sizes, padding)
+                def to_image(attention, q):                               # seen: (B, Q, L, 2 or 4)
+                    return attention(q, seen, memory, shapes, sizes, padding)
 
-            h = layer(h, query, to_image)
-            score, head = self.score[n % len(self.score)], self.box[n % len(self.box)]
-            correction = head(h).float()                                  # (B, Q, 4)
-            at = F.pad(inverse_sigmoid(box), (0, 4 - box.shape[-1]))
-            layers.append((score(h), (correction + at).sigmoid()))
-            if self.refine:
-                box = layers[-1][1].detach()
-        return from_layers(layers, image_scale(mask))
+                h = layer(h, query, to_image)
+                score, head = self.score[n % len(self.score)], self.box[n % len(self.box)]
+                correction = head(h).float()                              # (B, Q, 4)
+                at = F.pad(inverse_sigmoid(box), (0, 4 - box.shape[-1]))
+                layers.append((score(h), (correction + at).sigmoid()))
+                if self.refine:
+                    box = layers[-1][1].detach()
+            return from_layers(layers, image_scale(mask))
+
+        return self.predictions(decode)
 
     def scores(self, prediction):
         return prediction.logits.sigmoid()[..., :self.num_classes]
@@ -477,7 +509,7 @@ class Stage(nn.Module):
         return h, self.score(self.class_tower(h)).float(), boxes
 
 
-class SparseRCNN(Detector):
+class SparseRCNN(QueryDetector):
     """Sun et al., 2021b: learned proposal boxes and features, refined in stages (`layers`).
 
     dynamic: inner width of the dynamic convolution
@@ -485,27 +517,40 @@ class SparseRCNN(Detector):
     """
 
     def __init__(self, backbone, num_classes, width=256, heads=8, layers=6, hidden=2048, dynamic=64,
-                 queries=300, roi_size=224, pixels="rgb"):
+                 queries=300, roi_size=224, many=0, pixels="rgb"):
         super().__init__(backbone, pixels)
         self.roi_size, self.neck = roi_size, FPN(backbone, width, extra=0, maps=4)
         self.boxes, self.query = nn.Embedding(queries, 4), nn.Embedding(queries, width)
-        whole_image = torch.tensor([0.5, 0.5, 1.0, 1.0])                  # cx, cy, w, h
-        with torch.no_grad():
-            self.boxes.weight.copy_(whole_image)
+        self.start(self.boxes)
         self.stages = nn.ModuleList(Stage(width, num_classes, heads, hidden, dynamic)
                                     for _ in range(layers))
+        self.second_branch(many, "boxes", "query")
+
+    def start(self, boxes):
+        """Proposals begin as the whole image: cx, cy, w, h."""
+        nn.init.ones_(boxes.weight)
+        nn.init.constant_(boxes.weight[:, :2], 0.5)
+
+    def second_branch(self, many, *last):
+        super().second_branch(many, *last)
+        if many:
+            self.start(self.twins[0])
 
     def forward(self, images, mask):
         features = self.neck(self.features(images, mask))
-        boxes = box_convert(self.boxes.weight, "cxcywh", "xyxy") * image_scale(mask)    # (B, Q, 4)
-        h, layers = self.query.weight.expand(images.shape[0], -1, -1), []
-        for stage in self.stages:
-            regions = region_features(features, self.neck.strides, boxes, self.roi_size)
-            h, logits, boxes = stage(h, boxes, regions)
-            layers.append(Prediction(logits, boxes))
-            boxes = boxes.detach()            # each stage learns its own correction
-        layers[-1].aux = layers[:-1]
-        return layers[-1]
+
+        def decode(boxes, queries):
+            boxes = box_convert(boxes, "cxcywh", "xyxy") * image_scale(mask)            # (B, Q, 4)
+            h, layers = queries.expand(images.shape[0], -1, -1), []
+            for stage in self.stages:
+                regions = region_features(features, self.neck.strides, boxes, self.roi_size)
+                h, logits, boxes = stage(h, boxes, regions)
+                layers.append(Prediction(logits, boxes))
+                boxes = boxes.detach()        # each stage learns its own correction
+            layers[-1].aux = layers[:-1]
+            return layers[-1]
+
+        return self.predictions(decode)
 
 
 QUERY = {"detr": DETR, "deformable-detr": DeformableDETR, "sparse-rcnn": SparseRCNN}

@@ -249,18 +249,19 @@ def add_paper_flags(g):
 
 
 def add_later_flags(g):
-    g.add_argument("--many", **N, help="RetinaNet, CenterNet, FCOS, one-to-one: in training "
-                   "copies of the last layers (scores, boxes) learn beside them from the N "
-                   "cheapest predictions of each object; their loss is divided by N; not used "
-                   "afterwards (default 0: off, as in the paper)")
-    g.add_argument("--many-assign", metavar="A", help="the copies learn by this strategy, with its "
-                   "cost, instead of the N cheapest; the values of --assign but one-to-many; N "
-                   "then only divides their loss (default: top-k)")
-    g.add_argument("--many-weight", type=float, nargs=2, metavar="X", help="the copies' loss "
-                   "weighs the first at the beginning and the second at the end, on a straight "
-                   "line between them, over N (default: 1 1)")
-    g.add_argument("--many-detach", **YES, help="the features in front of the layers learn by the "
-                   "copies' loss alone (default: by both)")
+    g.add_argument("--many", **N, help="one-to-one rows: in training a second branch learns from "
+                   "the N cheapest predictions of each object. RetinaNet, CenterNet, FCOS: copies "
+                   "of the last layers (scores, boxes); query detectors: N times as many queries "
+                   "more. Its loss is divided by N; not used afterwards (default 0: off, as in the "
+                   "paper)")
+    g.add_argument("--many-assign", metavar="A", help="the second branch learns by this strategy, "
+                   "with its cost, instead of the N cheapest; the values of --assign but "
+                   "one-to-many; N then only divides its loss (default: top-k)")
+    g.add_argument("--many-weight", type=float, nargs=2, metavar="X", help="the second branch's "
+                   "loss weighs the first at the beginning and the second at the end, on a "
+                   "straight line between them, over N (default: 1 1)")
+    g.add_argument("--many-detach", **YES, help="RetinaNet, CenterNet, FCOS: the features in front "
+                   "of the layers learn by the second branch alone (default: by both)")
 
 
 def add_optimisation_flags(g):
@@ -429,6 +430,8 @@ def not_concerned(name, flags):
         return f"does not concern --assign {flags['assign']}, which is one-to-many already"
     if name in OF_MANY and not flags.get("many"):
         return "does not concern a run without --many"
+    if name == "many_detach" and detector not in DENSE:
+        return f"does not concern {detector}, whose two groups of queries share all layers"
     if flags.get("cost") and name in ("class_cost", "location_cost"):
         return f"does not concern --cost {flags['cost']}, which is the whole cost"
     rule = flags["assign"]
@@ -647,7 +650,7 @@ def headline(flags, num_pictures, num_classes):
             rule += f", and a second branch with {kind}"
             if flags["many_weight"] != [1, 1]:
                 rule += " and a weight of {:g} to {:g}".format(*flags["many_weight"])
-            if flags["many_detach"]:
+            if flags.get("many_detach"):
                 rule += ", by which alone the features learn"
     return (f"{NAMES[flags['detector']]} ({flags['backbone']}) with {rule}; {flags['data']}, "
             f"{num_pictures} pictures, {num_classes} classes, {flags['steps']} steps")
@@ -670,5 +673,5 @@ def run_name(flags):
                 rule += f"-{plain(flags['many_assign'])}"
             if flags["many_weight"] != [1, 1]:
                 rule += "-weight{:g}-{:g}".format(*flags["many_weight"])
-            rule += "-detach" if flags["many_detach"] else ""
+            rule += "-detach" if flags.get("many_detach") else ""
     return f"{flags['data']}-{flags['detector']}-{rule}"

@@ -178,8 +178,8 @@ def read_command(words):
     add("--jobs", type=int, default=1, metavar="N", help="runs side by side (default: 1)")
     add("--collect", action="store_true", help="train nothing, take what is there")
     add("--readme", metavar="FILE",
-        help="a page: what stands in it between <!-- table 1 --> and <!-- end of table 1 --> (or 2, "
-             "1 2, 3, many) is rewritten")
+        help="a page: what stands in it between <!-- table 1 --> and <!-- end of table 1 --> (or "
+             "2, 1 2, 3, many) is rewritten")
     add("--out", default="runs/tables", metavar="DIR", help="default: runs/tables")
     args = parser.parse_args(words)
     args.tables = sorted(set(args.tables))

@@ -12,6 +12,9 @@ import train
 OPTIONS = {"retinanet": {"width": 16, "depth": 1, "extra_levels": 0, "anchor_scales": 1},
            "centernet": {"neck_widths": (16, 16), "deform": False},
            "fcos": {"width": 16, "depth": 1, "extra_levels": 0}}
+QUERIES = {"detr": {"width": 32, "stride": 16, "dropout": 0.0},
+           "deformable-detr": {"width": 32, "levels": 2, "dropout": 0.0},
+           "sparse-rcnn": {"width": 16, "dynamic": 8, "roi_size": 24}}
 FLAGS = {"assign": "hungarian", "location_cost": "predicted", "class_cost": 2.0, "lambda_cls": 2.0,
          "lambda_l1": 5.0, "lambda_iou": 2.0, "many_assign": "top-k"}
 
@@ -116,6 +119,36 @@ def test_the_weight_of_the_second_branch_runs_on_a_straight_line_and_scales_its_
         assert torch.allclose(two, 2 * one, rtol=1e-4) and one > 0
 
 
+@pytest.mark.parametrize("name", QUERIES)
+def test_a_second_group_of_queries_learns_beside_the_first_unseen_by_it(name):
+    K, Q = 3, 5
+    images, mask, targets = pictures()
+
+    def build(many):
+        torch.manual_seed(0)
+        options = {**QUERIES[name], "layers": 2, "hidden": 32, "heads": 4, "queries": Q}
+        return checkpoints.build(name, 3, "tiny", **options, many=many).train()
+
+    plain, model = build(0), build(K)
+    expected, prediction = plain(images, mask), model(images, mask)
+    assert torch.equal(prediction.logits, expected.logits)       # the first group is as without
+    first, *second = prediction.aux
+    assert torch.equal(first.logits, expected.aux[0].logits) and not first.many
+    assert [(layer.many, layer.weight, layer.boxes.shape[1]) for layer in second] == [
+        (True, 1 / K, K * Q)] * 2                                # both decoder layers
+
+    flags = {**FLAGS, "detector": name, "many": K}
+    cost, strategy, loss = losses.row(flags)
+    matches = assign.match(prediction, targets, cost, strategy, many=losses.many_row(flags))
+    assert [len(m.prediction) for layer in matches[:2] for m in layer] == [2] * 4
+    assert all(K <= len(m.prediction) <= 2 * K for layer in matches[2:] for m in layer)
+    sum(loss(prediction, targets, matches, torch.tensor(4.0)).values()).backward()
+    assert all(twin.weight.grad.any() for twin in model.twins)
+    for twin in model.twins:
+        twin.weight.data.fill_(float("nan"))
+    assert not model.eval()(images, mask).logits.isnan().any()
+
+
 def test_another_rule_brings_its_own_cost():
     flags = {**FLAGS, "detector": "fcos", "many": 3, "many_assign": "one-to-many-points"}
     assert losses.many_row(flags) == (assign.fcos_area_cost, assign.one_to_many_points)
@@ -123,7 +156,9 @@ def test_another_rule_brings_its_own_cost():
 
 
 @pytest.mark.parametrize("words, sentence", [
-    ("--detector detr --many 3", "--many does not concern detr"),
+    ("--detector detr --many 3 --many-detach", "whose two groups of queries share all layers"),
+    ("--detector detr --many 3 --many-assign one-to-many-points",
+     "--many-assign one-to-many-points judges points"),
     ("--detector retinanet --assign one-to-many --many 3", "--many does not concern retinanet"),
     ("--many-assign top-k", "--many-assign does not concern a run without --many"),
     ("--many-weight 1 0", "--many-weight does not concern a run without --many"),
@@ -182,13 +217,17 @@ def test_a_changed_file_of_its_strategy_is_refused_on_resume(tiny_scenes, tmp_pa
     assert code == 2 and "the file of --many-assign" in error
 
 
-def test_it_trains_and_its_checkpoint_detects_without_it(tiny_scenes, tmp_path, command):
+@pytest.mark.parametrize("own, said", [
+    ("--width 16 --depth 1 --many-weight 0.8 0.1 --many-detach",
+     "a second branch with 3 positives an object and a weight of 0.8 to 0.1, by which alone the "
+     "features learn"),
+    ("--detector sparse-rcnn --width 32 --layers 2 --hidden 32 --queries 6",
+     "a second branch with 3 positives an object")])
+def test_it_trains_and_its_checkpoint_detects_without_it(tiny_scenes, tmp_path, command, own, said):
     out = tmp_path / "run"
-    words = (f"--data-dir {tiny_scenes} --out {out} --steps 2 --batch-size 4 --many 3 --width 16 "
-             f"--depth 1 --many-weight 0.8 0.1 --many-detach").split()
+    words = f"--data-dir {tiny_scenes} --out {out} --steps 2 --batch-size 4 --many 3 {own}".split()
     code, text, _ = command(train, *words)
-    assert code == 0 and ("a second branch with 3 positives an object and a weight of 0.8 to 0.1, "
-                          "by which alone the features learn") in text
+    assert code == 0 and said in text
     model, _ = checkpoints.load(out)
     picture = next((tiny_scenes / "val").iterdir())
     before = model.detect(picture)

@@ -70,6 +70,9 @@ def test_agreement_is_a_column_in_percent_of_runs_with_a_second_branch():
     matches = [match([1, 3], [0, 1])], [match([0, 1, 3], [0, 0, 1])]
     assert positives.Watch().row(prediction, [objects], matches)["agreed"] is None
     prediction.aux = [dataclasses.replace(prediction, many=True)]
+    # two groups of queries have no candidates in common
+    assert positives.Watch().row(prediction, [objects], matches)["agreed"] is None
+    prediction.candidates, prediction.strides = torch.zeros(4, 4), torch.ones(4)
     assert positives.Watch().row(prediction, [objects], matches)["agreed"] == 50
 
 

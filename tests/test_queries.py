@@ -331,6 +331,7 @@ def test_the_constructors_defaults_are_the_published_values(detector):
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     for ours in ("pixels", "unused_ids"):                # of the files, not of the architectures
         defaults.pop(ours, None)
+    assert defaults.pop("many") == 0                     # not in the papers
     assert defaults == PUBLISHED[detector]
 
 
