@@ -225,7 +225,9 @@ def load_weights(model, file, spared=()):
     model.load_state_dict(fits, strict=False)
     missing = [k for k in own if k not in fits]
     if any(k.startswith("twins.") for k in missing):
-        model.second_branch(model.many, *model.last)     # as they always start
+        model.second_branch(model.many, *model.last)     # as they always start, but for what fits
+        twins = {k: v for k, v in fits.items() if k.startswith("twins.")}
+        model.load_state_dict(twins, strict=False)
     return [k for k in own if k not in given], [k for k in given if k not in own], shapes
 
 

@@ -280,7 +280,9 @@ MEAN_COLOUR = 124, 116, 104                      # what becomes 0 in the network
 @functools.lru_cache(maxsize=16)
 def blank(height, width):
     """The mean colour, (H, W, 3) uint8: to be copied, which takes a tenth of filling it anew."""
-    return np.full((height, width, 3), MEAN_COLOUR, np.uint8)
+    colour = np.full((height, width, 3), MEAN_COLOUR, np.uint8)
+    colour.setflags(write=False)
+    return colour
 
 
 def shift(image, boxes, dx, dy):
@@ -541,8 +543,8 @@ def end_workers():
     Without it an error would wait for them for ever.
     """
     children = multiprocessing.active_children()
-    # on a GPU a thread is still listening to them, and would print a traceback
-    threading.excepthook = lambda told: None
+    if children:             # on a GPU a thread listens to them, and would print a traceback
+        threading.excepthook = lambda told: None
     if children and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch's handler would call it a fault
     for child in children:

@@ -112,7 +112,9 @@ def set_loss(prediction, targets, matches, num_objects, micro_batches=1,
 
         if layer.softmax:
             mean = softmax_loss(layer.logits, index, labels, layer_matches)
-            terms["class"] += lambda_cls * layer.weight * mean / micro_batches
+            # a second group's queries, K times as many, pay as a sum, which its weight divides
+            groups = layer.logits.shape[1] / prediction.logits.shape[1]
+            terms["class"] += lambda_cls * layer.weight * groups * mean / micro_batches
         else:
             total = focal_loss(layer.logits, index, labels, layer_matches)
             terms["class"] += lambda_cls * layer.weight * total / num_objects

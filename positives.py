@@ -14,8 +14,8 @@ cannot tell):
                 positive
     background  percent of the positives whose grid point or anchor's centre lies on no creature
                 (Observation 3.5).  Where silhouettes are known: the embedded scenes.
-    agreed      with --many: percent of the objects whose positive is, of their positives in the
-                second branch, the one with the highest score there
+    agreed      dense detectors with --many: percent of the positives that are, of their object's
+                positives in the second branch, the one with the highest score there
 """
 import json
 import math

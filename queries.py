@@ -5,7 +5,6 @@ Prediction for every decoder layer.  Otherwise they are what models.py says of d
 same alphabet; S is the number of cells of all encoded maps.
 """
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -94,8 +93,10 @@ class QueryDetector(Detector):
         prediction = decode(*(getattr(self, name).weight for name in self.last))
         if self.many and self.training:
             second = decode(*(twin.weight for twin in self.twins))
-            of_many = {"many": True, "weight": self.many_weight / self.many, "aux": []}
-            prediction.aux += [replace(layer, **of_many) for layer in [*second.aux, second]]
+            prediction.aux += [*second.aux, second]
+            for layer in [*second.aux, second]:
+                layer.many, layer.weight = True, self.many_weight / self.many
+            second.aux = []
         return prediction
 
 
@@ -534,7 +535,7 @@ class SparseRCNN(QueryDetector):
     def second_branch(self, many, *last):
         super().second_branch(many, *last)
         if many:
-            self.start(self.twins[0])
+            self.start(self.twins[last.index("boxes")])
 
     def forward(self, images, mask):
         features = self.neck(self.features(images, mask))

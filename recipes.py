@@ -251,10 +251,10 @@ def add_paper_flags(g):
 
 def add_later_flags(g):
     g.add_argument("--many", **N, help="one-to-one rows: in training a second branch learns from "
-                   "the N cheapest predictions of each object. RetinaNet, CenterNet, FCOS: copies "
-                   "of the last layers (scores, boxes); query detectors: N times as many queries "
-                   "more. Its loss is divided by N; not used afterwards (default 0: off, as in the "
-                   "paper)")
+                   "the N cheapest predictions of each object (fewer where objects want the same). "
+                   "RetinaNet, CenterNet, FCOS: copies of the last layers (scores, boxes); query "
+                   "detectors: N times as many queries more. Its loss is divided by N; not used "
+                   "afterwards (default 0: off, as in the paper)")
     g.add_argument("--many-assign", metavar="A", help="the second branch learns by this strategy, "
                    "with its cost, instead of the N cheapest; the values of --assign but "
                    "one-to-many; N then only divides its loss (default: top-k)")
@@ -418,13 +418,15 @@ def flag(name):
 def not_concerned(name, flags):
     """Why a flag has nothing to say in a run of these flags, in words; "" if it has."""
     detector, one_to_many = flags["detector"], flags["assign"] == "one-to-many"
+    if one_to_many and name in ("many", *OF_MANY):
+        return "does not concern --assign one-to-many, which is one-to-many already"
     if name in OPTIONS and name not in options_of(detector, one_to_many):
         fits = [d for d in NAMES if name in options_of(d)]
         fits += [f"{d} --assign one-to-many" for d in DENSE
                  if d not in fits and name in options_of(d, one_to_many=True)]
         return f"does not concern {detector}; it goes with {', '.join(fits)}"
     if one_to_many and name in ("cost", "class_cost", "location_cost", "lambda_cls", "lambda_l1",
-                                "lambda_iou", *OF_MANY):
+                                "lambda_iou"):
         return "does not concern --assign one-to-many, the detector's original rule and losses"
     if (name in ("many", *OF_MANY)
             and flags["assign"] in ("one-to-many-iou", "one-to-many-points")):
@@ -549,7 +551,8 @@ def remember_own_files(flags):
 RANGES = {
     **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "checkpoint_every",
                      "max_dets"), (1, 10 ** 9)),
-    **dict.fromkeys(("eval_every", "warmup_steps", "milestones", "many"), (0, 10 ** 9)),
+    **dict.fromkeys(("eval_every", "warmup_steps", "milestones"), (0, 10 ** 9)),
+    "many": (0, 100),
     **dict.fromkeys(("train_sizes", "train_longest", "test_longest", "width", "hidden", "queries",
                      "dynamic", "roi_size", "neck_widths"), (1, 10 ** 5)),
     **dict.fromkeys(("square", "shift", "test_size"), (0, 10 ** 5)),

@@ -1,6 +1,6 @@
-"""Tables 1, 2 and 3: trains their rows, and prints them beside the paper's, with verdicts.
+"""Tables 1, 2, 3 and many: trains their rows, and prints them beside the paper's, with verdicts.
 
-A fourth, "many", is of what came after the paper: dual assignment.
+The last, "many", is of what came after the paper: dual assignment.
 
     python tables.py 1 --seeds 0 1 2                    one-to-many against one-to-one
     python tables.py 2 --seeds 0 1 2 --jobs 2           what the classification cost does
@@ -221,7 +221,7 @@ def run(args, extra):
 
     table = lines(args, extra, ours, claims.paper_table(args.tables))
     text = markdown(table) + "".join(f"\n* {line}" for line in told) + "\n"
-    name = f"{args.out}/table-{'-'.join(args.tables)}-{args.data}"
+    name = str(Path(args.out) / f"table-{'-'.join(args.tables)}-{args.data}")
     Path(f"{name}.md").write_text(text)
     with open(f"{name}.csv", "w", newline="") as stream:
         csv.writer(stream, lineterminator="\n").writerows(table)

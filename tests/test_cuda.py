@@ -2,8 +2,8 @@
 
 A fake tensor has a shape, a type and a device, and no values; an operation that mixes devices
 raises, as on a GPU.  So a `torch.zeros(n)` without a device is found, in a network, a cost, a loss
-or in inference.  Not tested: values, speed, and the Hungarian rule, which scipy solves on the host:
-made-up matches take its place.
+or in inference.  Made-up matches take the place of the Hungarian rule, which scipy solves on the
+host.  Values are compared at the end, where there is a GPU.
 """
 import contextlib
 

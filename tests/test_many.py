@@ -1,4 +1,6 @@
 """A second branch in training (--many): K positives an object beside the one, for the features."""
+import dataclasses
+
 import pytest
 import torch
 
@@ -119,6 +121,18 @@ def test_the_weight_of_the_second_branch_runs_on_a_straight_line_and_scales_its_
         assert torch.allclose(two, 2 * one, rtol=1e-4) and one > 0
 
 
+def assert_second_group_pays(loss, prediction, targets, matches, terms, K):
+    """A K-th of what it would pay alone, but DETR's class loss, a mean over all its queries: that.
+    """
+    layers = [prediction, *prediction.aux]
+    alone = [loss(dataclasses.replace(layer, aux=[], weight=1.0), targets, [found],
+                  torch.tensor(4.0)) for layer, found in zip(layers, matches)]
+    for term, paid in terms.items():
+        share = 1 if prediction.softmax and term == "class" else 1 / K
+        first, second = (sum(one[term] for one in half) for half in (alone[:2], alone[2:]))
+        assert torch.allclose(paid, first + share * second, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", QUERIES)
 def test_a_second_group_of_queries_learns_beside_the_first_unseen_by_it(name):
     K, Q = 3, 5
@@ -142,7 +156,9 @@ def test_a_second_group_of_queries_learns_beside_the_first_unseen_by_it(name):
     matches = assign.match(prediction, targets, cost, strategy, many=losses.many_row(flags))
     assert [len(m.prediction) for layer in matches[:2] for m in layer] == [2] * 4
     assert all(K <= len(m.prediction) <= 2 * K for layer in matches[2:] for m in layer)
-    sum(loss(prediction, targets, matches, torch.tensor(4.0)).values()).backward()
+    terms = loss(prediction, targets, matches, torch.tensor(4.0))
+    assert_second_group_pays(loss, prediction, targets, matches, terms, K)
+    sum(terms.values()).backward()
     assert all(twin.weight.grad.any() for twin in model.twins)
     for twin in model.twins:
         twin.weight.data.fill_(float("nan"))
@@ -159,7 +175,9 @@ def test_another_rule_brings_its_own_cost():
     ("--detector detr --many 3 --many-detach", "whose two groups of queries share all layers"),
     ("--detector detr --many 3 --many-assign one-to-many-points",
      "--many-assign one-to-many-points judges points"),
-    ("--detector retinanet --assign one-to-many --many 3", "--many does not concern retinanet"),
+    ("--detector retinanet --assign one-to-many --many 3",
+     "--many does not concern --assign one-to-many, which is one-to-many already"),
+    ("--many 101", "--many 101: must be from 0 to 100"),
     ("--many-assign top-k", "--many-assign does not concern a run without --many"),
     ("--many-weight 1 0", "--many-weight does not concern a run without --many"),
     ("--many-detach", "--many-detach does not concern a run without --many"),
@@ -203,6 +221,17 @@ def test_twins_start_as_copies_of_what_init_loads(tmp_path):
     checkpoints.load_weights(model, tmp_path / "base.pt")
     assert torch.equal(model.twins[0].weight, base.score.weight)
     assert torch.equal(model.twins[1].bias, base.ltrb.bias)
+
+
+def test_twins_that_init_brings_are_kept_where_they_fit(tmp_path):
+    base = detector("fcos", 3)
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.save({"model": base.state_dict()}, tmp_path / "base.pt")
+    model = checkpoints.build("fcos", 5, "tiny", **OPTIONS["fcos"], many=3)      # of 5 classes
+    checkpoints.load_weights(model, tmp_path / "base.pt")
+    assert torch.equal(model.twins[1].weight, base.twins[1].weight)              # boxes
+    assert torch.equal(model.twins[0].weight, model.score.weight)
 
 
 def test_a_changed_file_of_its_strategy_is_refused_on_resume(tiny_scenes, tmp_path, command):
