@@ -137,6 +137,8 @@ def verdict(found, name="AP"):
         return f"cannot be told: {'nothing is found' if found['objects'] else 'no objects'}."
     gains = {threshold: figures[name] - found[name] for threshold, figures in found["nms"].items()}
     best = max(gains, key=gains.get)
+    if found[name] + gains[best] < NEEDS:                # no gain could reach the threshold
+        return f"cannot be told: with NMS and without {name} is below {NEEDS:g}."
     at_best, at_half = (gain(found[name], found["nms"][at][name]) for at in (best, "0.5"))
     gap = f"the median score gap is {found['score gap'][1]:.2f}"
     if gains[best] >= NEEDS:
