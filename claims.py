@@ -11,6 +11,7 @@ from recipes import DENSE, NAMES
 
 QUERIES = tuple(name for name in NAMES if name not in DENSE)
 
+DUAL = "dual assignment, K = 6"
 # the rows and their flags; a query detector has nothing pre-defined
 FLAGS = {"one-to-many (original)": "--assign one-to-many",
          "one-to-one, location only, pre-defined": "--class-cost 0 --location-cost predefined",
@@ -18,13 +19,12 @@ FLAGS = {"one-to-many (original)": "--assign one-to-many",
          "one-to-one, location only, predicted": "--class-cost 0",
          "+ classification cost, predicted": "",
          "dual assignment, K = 3": "--many 3",
-         "dual assignment, K = 6": "--many 6",
+         DUAL: "--many 6",
          "dual assignment, K = 12": "--many 12",
          "K = 6, its weight from 0.8 to 0.1": "--many 6 --many-weight 0.8 0.1",
          "K = 6, one-to-one detached": "--many 6 --many-detach",
          "many by the original rule": "--many 6 --many-assign one-to-many-points"}
 O2M, LOC, CLS, QLOC, E2E = list(FLAGS)[:5]
-DUAL = "dual assignment, K = 6"
 BOXES = "annotation boxes"                   # what NMS at 0.5 leaves of them
 ROWS = {"1": {O2M: DENSE, LOC: DENSE, QLOC: QUERIES, E2E: DENSE + QUERIES},
         "2": {LOC: DENSE, CLS: DENSE, QLOC: QUERIES, E2E: DENSE + QUERIES},

@@ -393,8 +393,10 @@ class Detector(nn.Module):
         trained by one positive alone; inference never computes them.  last: the layers' names
         """
         self.many, self.last = many, last
-        layers = [getattr(self, name) for name in last]
-        self.twins = nn.ModuleList(map(copy.deepcopy, layers if many else ()))
+        self.twins = nn.ModuleList(map(self.twin, last if many else ()))
+
+    def twin(self, name):
+        return copy.deepcopy(getattr(self, name))
 
     def predictions(self, *given):
         """`predict` behind the last layers, and in training behind their twins, as its aux."""

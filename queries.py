@@ -76,27 +76,26 @@ def from_layers(layers, scale, softmax=False):
 
 
 class QueryDetector(Detector):
-    """A detector whose second branch, if there is one, is a second group of queries (H-DETR)."""
+    """A detector whose second branch, if there is one, is a second group of queries (H-DETR).
 
-    def second_branch(self, many, *last):
-        """`many` times as many queries, which share all layers and start afresh.  Not in the paper.
+    They share all layers with the first, and the two groups do not see each other.  What
+    Detector calls the last layers are the embeddings that hold the queries.
+    """
 
-        They learn from `many` positives an object, in training alone, and the two groups do not
-        see each other.  last: the names of the embeddings that hold the queries
-        """
-        self.many, self.last, self.twins = many, last, nn.ModuleList()
-        for own in [getattr(self, name) for name in last] if many else ():
-            self.twins.append(nn.Embedding(many * own.num_embeddings, own.embedding_dim))
+    def twin(self, name):
+        """`many` times as many queries, which start afresh."""
+        own = getattr(self, name)
+        return nn.Embedding(self.many * own.num_embeddings, own.embedding_dim)
 
     def predictions(self, decode):
         """`decode` of the queries; in training that of the second group joins its aux."""
         prediction = decode(*(getattr(self, name).weight for name in self.last))
         if self.many and self.training:
             second = decode(*(twin.weight for twin in self.twins))
-            prediction.aux += [*second.aux, second]
-            for layer in [*second.aux, second]:
+            layers, second.aux = [*second.aux, second], []
+            for layer in layers:
                 layer.many, layer.weight = True, self.many_weight / self.many
-            second.aux = []
+            prediction.aux += layers
         return prediction
 
 
@@ -532,10 +531,11 @@ class SparseRCNN(QueryDetector):
         nn.init.ones_(boxes.weight)
         nn.init.constant_(boxes.weight[:, :2], 0.5)
 
-    def second_branch(self, many, *last):
-        super().second_branch(many, *last)
-        if many:
-            self.start(self.twins[last.index("boxes")])
+    def twin(self, name):
+        twin = super().twin(name)
+        if name == "boxes":
+            self.start(twin)
+        return twin
 
     def forward(self, images, mask):
         features = self.neck(self.features(images, mask))

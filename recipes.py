@@ -418,8 +418,9 @@ def flag(name):
 def not_concerned(name, flags):
     """Why a flag has nothing to say in a run of these flags, in words; "" if it has."""
     detector, one_to_many = flags["detector"], flags["assign"] == "one-to-many"
-    if one_to_many and name in ("many", *OF_MANY):
-        return "does not concern --assign one-to-many, which is one-to-many already"
+    if (name in ("many", *OF_MANY) and flags["assign"] in
+            ("one-to-many", "one-to-many-iou", "one-to-many-points")):
+        return f"does not concern --assign {flags['assign']}, which is one-to-many already"
     if name in OPTIONS and name not in options_of(detector, one_to_many):
         fits = [d for d in NAMES if name in options_of(d)]
         fits += [f"{d} --assign one-to-many" for d in DENSE
@@ -428,9 +429,6 @@ def not_concerned(name, flags):
     if one_to_many and name in ("cost", "class_cost", "location_cost", "lambda_cls", "lambda_l1",
                                 "lambda_iou"):
         return "does not concern --assign one-to-many, the detector's original rule and losses"
-    if (name in ("many", *OF_MANY)
-            and flags["assign"] in ("one-to-many-iou", "one-to-many-points")):
-        return f"does not concern --assign {flags['assign']}, which is one-to-many already"
     if name in OF_MANY and not flags.get("many"):
         return "does not concern a run without --many"
     if name == "many_detach" and detector not in DENSE:
