@@ -336,7 +336,7 @@ def matching(device):
         what = f"hungarian, {Q:,} x {G}"
         if Q * G < 5_000_000:               # a larger one would take scipy minutes
             yield versus(what, lambda: assign.hungarian(cost), "scipy on the whole matrix",
-                         lambda: linear_sum_assignment(cost.cpu().numpy()), device, repeats=5)
+                         lambda: linear_sum_assignment(cost.cpu().numpy()), device, repeats=15)
         else:
             yield Row(what, seconds(lambda: assign.hungarian(cost), device))
 
