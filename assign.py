@@ -54,7 +54,7 @@ class Match(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def match(prediction, targets, cost, assign, progress=0.0, many=None):
+def match(prediction, targets, cost, assign, progress=0.0, second=None):
     """The positive samples of a batch: for every layer, a list with a Match per image.
 
         C[q, g] = cost(one, target)        Eq. 2 and 5
@@ -68,7 +68,7 @@ def match(prediction, targets, cost, assign, progress=0.0, many=None):
     cost(one, target): (Q, G), from the Prediction of one image and its target
     assign(cost): the strategy, called as it is written, once an image and layer
     progress: how far training is, 0 to 1, for those that ask for it
-    many: cost and strategy of a second branch (losses.many_row), which lies in aux too
+    second: cost and strategy of the second branch (losses.many_row), which lies in aux too
 
     Without gradient, in float32, the costs of one image in memory at a time.  Raises AssignError
     with the image if a cost is NaN or -inf, a function fails, or its answer is not what it must be.
@@ -78,7 +78,7 @@ def match(prediction, targets, cost, assign, progress=0.0, many=None):
     with torch.autocast(prediction.logits.device.type, enabled=False):
         for layer in [prediction, *prediction.aux]:
             matches = []
-            layer_cost, layer_assign = many if layer.many else (cost, assign)
+            layer_cost, layer_assign = second if layer.second else (cost, assign)
             for n, target in enumerate(targets):
                 C = price(layer_cost, layer.image(n), target, progress)  # (Q, G)
                 nan.append((~(C > -float("inf"))).any())                 # NaN compares false
@@ -174,7 +174,7 @@ def hungarian(cost):
     Q, G = cost.shape
     if min(Q, G) == 0:
         return torch.zeros(2, 0, dtype=torch.long).unbind()
-    cost = cost if cost.dtype == torch.float64 else cost.float()     # row numbers travel along
+    cost = cost if cost.dtype == torch.float64 else cost.float()     # holds row numbers, below
 
     # Each object's G cheapest predictions are enough, and the answer stays exact: were an object
     # given another one, one of those G would be free, as the others use at most G - 1, and cost no
@@ -192,7 +192,8 @@ def hungarian(cost):
     used, column = np.unique(q.astype(int), return_inverse=True)
 
     # scipy cannot leave an object without a prediction: a forbidden pair is dearer than any set of
-    # allowed ones, so that it is taken only where nothing else is left, and dropped then
+    # allowed ones (two sets differ by at most 2 G of the largest value; twice that, and 1e3 where
+    # all are 0), so that it is taken only where nothing else is left, and dropped then
     forbidden = 1e3 + 4 * np.abs(values).max(initial=0.0) * (1 + G)
     small = np.full((G, len(used)), forbidden)
     small[g.astype(int), column] = values
@@ -324,8 +325,8 @@ def matching_cost(one, target, location=predicted_location, class_cost=LAMBDA_CL
     """
     C = location(one, target)
     if class_cost:
-        price = softmax_cost if one.softmax else classification_cost
-        C = C + class_cost * price(one.logits, target["labels"])
+        C_cls = softmax_cost if one.softmax else classification_cost
+        C = C + class_cost * C_cls(one.logits, target["labels"])
     return C
 
 

@@ -6,9 +6,9 @@ is its first, the others are its duplicates.  The score gap of an object is its 
 its second-highest; an object with one detection alone has 0 for the second, one without any has no
 gap.
 
-The paper's Eq. 6 is about one object and all samples.  Where pictures hold several objects of a
-class their samples have to be told apart: here by whose they are, in positives.py, during training,
-by IoU > 0.5 with the object, and figures.py `scores` chooses a picture with one object.
+The paper's Eq. 6 is about one object and all samples.  Pictures hold several objects of a class, so
+a sample's object has to be told: here the one that the detection is of; in positives.py, during
+training, each that it overlaps by IoU > 0.5.  The picture of figures.py `scores` has one object.
 """
 from typing import NamedTuple
 
@@ -16,9 +16,10 @@ import torch
 from torchvision.ops import batched_nms, box_iou
 
 IOU = 0.5                                    # from which on a detection is of an object
-SCORES = (0.05, 0.1, 0.3, 0.5)               # duplicates are counted above these
+SCORES = (0.05, 0.1, 0.3, 0.5)               # duplicates are counted from these on
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)         # of NMS
 NEEDS, FREE = 1.0, 0.5                       # of the verdict: AP points (crowds: AP50)
+WEAK = 10.0                                  # below it half a point is no small change
 SMALL_GAP = 0.1                              # gaps below it are counted
 
 
@@ -137,8 +138,8 @@ def verdict(found, name="AP"):
         return f"cannot be told: {'nothing is found' if found['objects'] else 'no objects'}."
     gains = {threshold: figures[name] - found[name] for threshold, figures in found["nms"].items()}
     best = max(gains, key=gains.get)
-    if found[name] + gains[best] < NEEDS:                # no gain could reach the threshold
-        return f"cannot be told: with NMS and without {name} is below {NEEDS:g}."
+    if found[name] + gains[best] < WEAK and gains[best] < NEEDS:
+        return f"cannot be told: with NMS and without {name} is below {WEAK:g}."
     at_best, at_half = (gain(found[name], found["nms"][at][name]) for at in (best, "0.5"))
     gap = f"the median score gap is {found['score gap'][1]:.2f}"
     if gains[best] >= NEEDS:

@@ -8,10 +8,11 @@ RetinaNet and CenterNet.  Constructors' defaults are the published values.
 
 One alphabet, for the whole repository: B images in the batch, L pyramid levels, Q predictions of
 one image (all levels joined; row by row within a level, anchors innermost), G ground-truth objects
-of one image, C classes, K matched pairs, HxW a feature map.  q and g are vectors of indices of
-predictions and objects.  Boxes are xyxy in pixels of the resized, un-padded image.  Classes are
-0 ... C-1, without a background column; DETR alone has one more, "no object".  The paper's i, j, N
-and K are our q, g, Q and C; its C with two indices is the matching cost.
+of one image, C classes, K matched pairs (behind `detect` the detections that are kept), HxW a
+feature map.  q and g are vectors of indices of predictions and objects.  Boxes are xyxy in pixels
+of the resized, un-padded image.  Classes are 0 ... C-1, without a background column; DETR alone has
+one more, "no object".  The paper's i, j, N and K are our q, g, Q and C; its C with two indices is
+the matching cost.
 
 Images come in as uint8 RGB, padded at the right and at the bottom, with a mask that is true on
 padding.
@@ -54,7 +55,7 @@ class Prediction:
     raw: dict = field(default_factory=dict)  # (B, ...): what only an original recipe needs
     softmax: bool = False                    # DETR: scores are a softmax
     centre_l1: bool = False                  # (Deformable) DETR: L1 compares (cx, cy, w, h)
-    many: bool = False                       # a second branch, with an assignment of its own
+    second: bool = False                     # the second branch, with an assignment of its own
     weight: float = 1.0                      # of its loss
 
     def image(self, n):
@@ -95,7 +96,7 @@ def run_stages(x, stages):
 
 
 class Tiny(nn.Module):
-    """A small backbone for pictures of about 128 pixels, trained from scratch on two CPU cores.
+    """A small backbone for pictures of about 128 pixels, fast on a CPU; pretrain.py trains it.
 
     A patchify stem goes to stride 4 in one step, which is what makes it fast; then residual stages
     as in a ResNet, with the same strides.  Batch norm, because group norm learned half as fast
@@ -403,7 +404,7 @@ class Detector(nn.Module):
         layers = [getattr(self, name) for name in self.last]
         if not (self.many and self.training):
             return self.predict(*layers, *given)
-        second = replace(self.predict(*self.twins, *given), many=True,
+        second = replace(self.predict(*self.twins, *given), second=True,
                          weight=self.many_weight / self.many)
         if self.many_detach:
             layers = [lambda x, layer=layer: layer(x.detach()) for layer in layers]
@@ -444,13 +445,13 @@ class Detector(nn.Module):
         """How sure it is of each class: (Q, C) of an image's Prediction, (B, Q, C) of a batch's."""
         return prediction.logits.sigmoid()
 
-    def detections(self, one, k=100, nms=0.5):
+    def detections(self, one, k=100):
         """The k best (prediction, class) pairs of one image's Prediction, without and with NMS.
 
-        As OneNet's code: no threshold, and NMS among those k.
+        As OneNet's code: no threshold, and NMS at IoU 0.5 among those k.
         """
         plain = top_k(one.boxes, one.logits.sigmoid(), k)
-        return {"plain": plain, "nms": with_nms(*plain, nms, k)}
+        return {"plain": plain, "nms": with_nms(*plain, 0.5, k)}
 
 
 def tower(width, depth, norm, bias):
@@ -661,7 +662,7 @@ class OriginalFCOS(Detector):
         return (prediction.logits.sigmoid() * centreness[..., None]).sqrt()
 
     def accept(self, p, scores):
-        """Which pairs may be reported, (Q, C): by class probability p, without centre-ness."""
+        """Which pairs may be reported, (Q, C): by class probability p, or by final score."""
         return p > 0.05
 
     def detections(self, one, k=100):

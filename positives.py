@@ -6,7 +6,8 @@ cannot tell):
     gap         median score gap of the objects (Definition 3.3): the highest minus the second-
                 highest score of the object's class, among predictions with IoU > 0.5 with it
     rank        median place of the positives among all predictions by the score of their object's
-                class: 1 is the highest (Figure 5: with classification cost it is, without not)
+                class: 1 is the highest.  Objects of one class in a picture outrank each other
+                (Figure 5)
     positives   positive samples an object
     shared      predictions that are the positive of more than one object
     moved       percent of the objects whose positive lies more than a grid step from where it lay
@@ -30,7 +31,10 @@ COLUMNS = "gap", "rank", "positives", "shared", "moved", "background", "agreed"
 
 
 def class_scores(one):
-    """Scores of the classes, (Q, C), of the Prediction of one image."""
+    """Scores of the classes, (Q, C), of the Prediction of one image.
+
+    As the classification cost sees them: without the centre-ness of the original FCOS.
+    """
     return one.logits.softmax(-1)[:, :-1] if one.softmax else one.logits.sigmoid()
 
 
@@ -52,16 +56,17 @@ def ranks(one, target, match):
     return 1 + (scores > own).sum(0)
 
 
-def agreed(second, target, match, many):
+def agreed(second, target, match, second_match):
     """Which positives are the best of their object's positives in the second branch.  (K,) bool
 
-    second: Prediction of one image   match, many: the Match of the one and of the many
+    second: Prediction of one image   match, second_match: the Match of each branch
     """
-    scores = class_scores(second)[many.prediction, target["labels"][many.object]]   # (P,)
-    highest = scores.new_zeros(len(target["boxes"])).scatter_reduce(0, many.object, scores, "amax")
-    best = scores == highest[many.object]                                # (P,)
-    same = ((match.prediction[:, None] == many.prediction)
-            & (match.object[:, None] == many.object))                    # (K, P)
+    prediction, which, _ = second_match                                  # (P,), (P,)
+    scores = class_scores(second)[prediction, target["labels"][which]]   # (P,)
+    highest = scores.new_zeros(len(target["boxes"])).scatter_reduce(0, which, scores, "amax")
+    best = scores == highest[which]                                      # (P,)
+    same = ((match.prediction[:, None] == prediction)
+            & (match.object[:, None] == which))                          # (K, P)
     return (same & best).any(1)
 
 
@@ -159,7 +164,7 @@ class Watch:
         gaps, place, on_object = [], [], []
         agreement = []
         # dense detectors: the same candidates; the two groups of queries have none in common
-        second = prediction.candidates is not None and any(aux.many for aux in prediction.aux)
+        second = prediction.candidates is not None and any(aux.second for aux in prediction.aux)
         shared = 0
         objects = sum(len(target["boxes"]) for target in targets)
         for n, (target, match) in enumerate(zip(targets, matches[0])):

@@ -94,7 +94,7 @@ class QueryDetector(Detector):
             second = decode(*(twin.weight for twin in self.twins))
             layers, second.aux = [*second.aux, second], []
             for layer in layers:
-                layer.many, layer.weight = True, self.many_weight / self.many
+                layer.second, layer.weight = True, self.many_weight / self.many
             prediction.aux += layers
         return prediction
 
@@ -425,11 +425,11 @@ class DeformableDETR(QueryDetector):
     def scores(self, prediction):
         return prediction.logits.sigmoid()[..., :self.num_classes]
 
-    def detections(self, one, k=100, nms=0.5):
+    def detections(self, one, k=100):
         """The k best pairs of query and output, as published; of them, those of classes."""
         best = top_k(one.boxes, one.logits.sigmoid(), k)
         plain = of_classes(*best, self.num_classes)
-        return {"plain": plain, "nms": with_nms(*plain, nms, k)}
+        return {"plain": plain, "nms": with_nms(*plain, 0.5, k)}
 
 
 # ------------------------------------------------------------------------------------------------

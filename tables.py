@@ -144,7 +144,9 @@ def lines(args, extra, ours, paper):
         flags = " ".join(flag for flag in flags if flag)
         cells = [(row, name) for name in [*names, "minutes"]]
         cells += [(paper.get((detector, rule), {}), name) for name in papers]
-        table.append([f"`{flags}`" if flags else "no flag", NAMES[detector], rule]
+        seeds = max((figure.seeds for figure in row.values()), default=0)
+        fewer = f" ({seeds} of {len(args.seeds)} seeds)" if 0 < seeds < len(args.seeds) else ""
+        table.append([f"`{flags}`" if flags else "no flag", NAMES[detector], rule + fewer]
                      + [claims.text(row, name) for row, name in cells])
     return table
 
@@ -185,7 +187,10 @@ def read_command(words):
     args.tables = sorted(set(args.tables))
     choices, rows = DATA[args.tables[0]], sum((list(ROWS[n].values()) for n in args.tables), [])
     fits = [name for name in NAMES if any(name in detectors for detectors in rows)]
-    args.data, args.detectors = args.data or choices[0], args.detectors or fits
+    args.data = args.data or choices[0]
+    # a table of some detectors does not take the place of one of all
+    args.name = "-".join(["table", *args.tables, args.data, *(args.detectors or ())])
+    args.detectors = args.detectors or fits
     if len(args.tables) > 1 and args.tables != ["1", "2"]:
         raise UsageError(f"table {args.tables[-1]} stands alone: its rows or figures are others")
     if args.data not in choices or not set(args.detectors) <= set(fits):
@@ -206,7 +211,7 @@ def run(args, extra):
 
     # beside the table: how it was made, what the paper says of it
     threads = {words for run in planned for _, words in runs.sittings(run.folder)}
-    spread = ": means, ± half the range" if len(args.seeds) > 1 else ""
+    spread = ": means, ± half the range; verdicts are about means" if args.seeds[1:] else ""
     told = [f"Trained on {args.data}, seeds {', '.join(map(str, args.seeds))}{spread}.  Gain: "
             f"what NMS adds.  Minutes: of a run ({', '.join(sorted(threads)) or 'not known'})."]
     if key == "3":
@@ -221,7 +226,7 @@ def run(args, extra):
 
     table = lines(args, extra, ours, claims.paper_table(args.tables))
     text = markdown(table) + "".join(f"\n* {line}" for line in told) + "\n"
-    name = str(Path(args.out) / f"table-{'-'.join(args.tables)}-{args.data}")
+    name = str(Path(args.out) / args.name)
     Path(f"{name}.md").write_text(text)
     with open(f"{name}.csv", "w", newline="") as stream:
         csv.writer(stream, lineterminator="\n").writerows(table)

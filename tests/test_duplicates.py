@@ -156,10 +156,10 @@ def test_the_verdict_and_its_thresholds(gain, word):
 
 
 def test_a_detector_that_finds_almost_nothing_is_not_called_end_to_end():
-    found = {"AP": 0.3, "nms": {"0.5": {"AP": 0.2}, "0.9": {"AP": 0.9}}, "found": 3,
+    found = {"AP": 1.3, "nms": {"0.5": {"AP": 1.2}, "0.9": {"AP": 1.9}}, "found": 3,
              "objects": 300, "score gap": [0.1, 0.2, 0.3]}
-    assert duplicates.verdict(found) == "cannot be told: with NMS and without AP is below 1."
-    found["nms"]["0.9"]["AP"] = 1.4
+    assert duplicates.verdict(found) == "cannot be told: with NMS and without AP is below 10."
+    found["nms"]["0.9"]["AP"] = 2.4
     assert duplicates.verdict(found).startswith("needs NMS")
 
 

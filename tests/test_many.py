@@ -43,7 +43,7 @@ def test_the_branch_is_there_in_training_alone_and_learns_in_layers_of_its_own(n
         plain.state_dict())
     prediction = model(images, mask)
     (second,) = prediction.aux
-    assert second.many and second.weight == 1 / 4 and not prediction.many
+    assert second.second and second.weight == 1 / 4 and not prediction.second
     assert torch.equal(second.logits, prediction.logits) and len(second.boxes) == 2
     second.logits.sum().backward()
     assert all(p.grad is None for p in model.score.parameters())
@@ -60,7 +60,7 @@ def test_each_object_has_its_k_cheapest_there_and_they_weigh_a_kth(name):
     torch.nn.init.normal_(model.twins[0].weight, std=0.1)        # so that the branches differ
     prediction = model(images, mask)
     cost, strategy, loss = losses.row(flags)
-    matches = assign.match(prediction, targets, cost, strategy, many=losses.many_row(flags))
+    matches = assign.match(prediction, targets, cost, strategy, second=losses.many_row(flags))
     assert [len(m.prediction) for m in matches[0]] == [2, 2]
 
     second = prediction.aux[0]
@@ -111,7 +111,7 @@ def test_the_weight_of_the_second_branch_runs_on_a_straight_line_and_scales_its_
     for weight in (0.0, 1.0, 2.0):
         model.many_weight = weight
         prediction = model(images, mask)
-        matches = assign.match(prediction, targets, cost, strategy, many=losses.many_row(flags))
+        matches = assign.match(prediction, targets, cost, strategy, second=losses.many_row(flags))
         of_weight[weight] = loss(prediction, targets, matches, torch.tensor(4.0))
     prediction.aux = []
     alone = loss(prediction, targets, matches[:1], torch.tensor(4.0))
@@ -147,13 +147,13 @@ def test_a_second_group_of_queries_learns_beside_the_first_unseen_by_it(name):
     expected, prediction = plain(images, mask), model(images, mask)
     assert torch.equal(prediction.logits, expected.logits)       # the first group is as without
     first, *second = prediction.aux
-    assert torch.equal(first.logits, expected.aux[0].logits) and not first.many
-    assert [(layer.many, layer.weight, layer.boxes.shape[1]) for layer in second] == [
+    assert torch.equal(first.logits, expected.aux[0].logits) and not first.second
+    assert [(layer.second, layer.weight, layer.boxes.shape[1]) for layer in second] == [
         (True, 1 / K, K * Q)] * 2                                # both decoder layers
 
     flags = {**FLAGS, "detector": name, "many": K}
     cost, strategy, loss = losses.row(flags)
-    matches = assign.match(prediction, targets, cost, strategy, many=losses.many_row(flags))
+    matches = assign.match(prediction, targets, cost, strategy, second=losses.many_row(flags))
     assert [len(m.prediction) for layer in matches[:2] for m in layer] == [2] * 4
     assert all(K <= len(m.prediction) <= 2 * K for layer in matches[2:] for m in layer)
     terms = loss(prediction, targets, matches, torch.tensor(4.0))
@@ -209,7 +209,7 @@ def test_every_pair_of_rules_makes_a_row(rule, many_assign):
     prediction = detector("fcos", 3)(images, mask)
     first = losses.row(flags)
     matches = assign.match(prediction, targets, first.cost, first.strategy,
-                           many=(cost, strategy))
+                           second=(cost, strategy))
     assert len(matches) == 2
 
 

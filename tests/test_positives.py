@@ -69,7 +69,7 @@ def test_agreement_is_a_column_in_percent_of_runs_with_a_second_branch():
     prediction.logits, prediction.boxes = prediction.logits[None], prediction.boxes[None]
     matches = [match([1, 3], [0, 1])], [match([0, 1, 3], [0, 0, 1])]
     assert positives.Watch().row(prediction, [objects], matches)["agreed"] is None
-    prediction.aux = [dataclasses.replace(prediction, many=True)]
+    prediction.aux = [dataclasses.replace(prediction, second=True)]
     # two groups of queries have no candidates in common
     assert positives.Watch().row(prediction, [objects], matches)["agreed"] is None
     prediction.candidates, prediction.strides = torch.zeros(4, 4), torch.ones(4)

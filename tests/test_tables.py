@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,14 @@ def test_a_missing_row_is_an_empty_cell_and_named(collected, tmp_path):
     assert said_of("S1 OPEN", verdicts) and said_of("S4 holds", verdicts)
 
 
+def test_a_row_of_fewer_seeds_says_so(collected, tmp_path):
+    fcos(tmp_path)
+    shutil.rmtree(tmp_path / "scenes-fcos-one-to-many-seed2")
+    _, _, rows, _ = collected("--detectors", "fcos", numbers=["1"])
+    told = [row["positive samples"].endswith(" (2 of 3 seeds)") for row in rows]
+    assert told == [True, False, False]
+
+
 def test_an_evaluation_on_the_way_is_no_finished_run(collected, tmp_path):
     """It leaves metrics.json too; and one killed before the last metrics.json leaves a row."""
     folder = made_up(tmp_path, "fcos", E2E, 0, {"AP": (40, 40), "AP50": (60, 60)})
@@ -219,7 +228,7 @@ def test_only_what_stands_between_the_marks_is_rewritten(collected, tmp_path):
     for _ in range(2):                                               # again, the same
         collected("--detectors", "fcos", "--readme", page)
         text = page.read_text()
-        table = (tmp_path / "table-2-scenes.md").read_text()
+        table = (tmp_path / "table-2-scenes-fcos.md").read_text()
         assert text == ("# Before\n<!-- table 1 -->\none\n<!-- end of table 1 -->\n"
                         f"<!-- table 2 -->\n{table}<!-- end of table 2 -->\nafter\n")
 
