@@ -104,7 +104,9 @@ class Faults(list):
 def read_json(file):
     try:
         return json.loads(read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:     # the latter: absurd nesting
+    except (ValueError, RecursionError) as error:       # numbers of 5,000 digits, absurd nesting
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{file}: not valid JSON ({error}); download or export it again") from None
 
 
@@ -113,6 +115,11 @@ def is_number(value):
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) < 1e30
+
+
+def is_side(value):
+    """What can be a picture's height or width."""
+    return is_number(value) and 1 <= value < 2 ** 31
 
 
 def is_box(value):
@@ -343,7 +350,7 @@ def coco_boxes(record, images, category_ids, faults):
             x, y, w, h = annotation["bbox"]
             area = annotation.get("area")
             rows.extend((index_of[image_id], *inside, label_of[category], crowd, x, y, w, h,
-                         area if is_number(area) else w * h))
+                         area if is_number(area) and area >= 0 else w * h))
 
     return by_picture(rows, 12)
 
@@ -488,7 +495,7 @@ def odgt_picture(record, where, image_dir, sizes, faults):
             return None
 
     # the line's own size, else a known one, else the picture's
-    if not all(is_number(v) and v >= 1 for v in size):
+    if not all(is_side(v) for v in size):
         size = sizes.get(name)
     if size is None and image_dir is None:
         faults.add("missing field", f"{where}: its height and width are in neither file; "
@@ -718,7 +725,7 @@ def main():
         c.add_argument("--val-share", type=float, metavar="X",
                        help="where there are no splits: this share of the pictures, drawn at "
                             "random, to val.json, the others to train.json")
-        c.add_argument("--seed", type=int, default=0, metavar="N",
+        c.add_argument("--seed", type=runs.at_least(0), default=0, metavar="N",
                        help="of that draw (default 0)")
 
     args = parser.parse_args()

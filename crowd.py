@@ -201,7 +201,7 @@ def read_odgt_results(file):
             rows.append((x, y, x + w, y + h, d["score"]))
         found[name] = np.array(rows).reshape(-1, 5)
         size = record.get("height"), record.get("width")
-        if all(annotations.is_number(side) and side >= 1 for side in size):
+        if all(map(annotations.is_side, size)):
             sizes[name] = size
     return found, sizes
 

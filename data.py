@@ -58,7 +58,7 @@ def add_data_flags(group, train=True):
                                 "is for evaluation alone, the same in every run")
     group.add_argument("--drop-bad-boxes", action="store_const", const=True,
                        help="leave out boxes without extent or outside their picture, "
-                            "and say how many, instead of stopping")
+                            "and say how many, instead of stopping (coco, crowdhuman: always)")
     group.add_argument("--drop-bad", action="store_const", const=True,
                        help="leave out all that is at fault, also pictures that cannot be read "
                             "(all are opened first), and say what")
@@ -390,7 +390,10 @@ class Pictures(Dataset):
         if self.cache is not None and i in self.cache:
             return self.cache[i]
         a = self.annotations
-        image = as_tensor(load_picture(a.path(i), *a.sizes[i].tolist(), image_id=a.image_ids[i]))
+        # an .odgt has no sizes: those of its pictures are kept from run to run
+        source = f"{a.json_file} or the file sizes-crowdhuman.json beside the runs"
+        image = as_tensor(load_picture(a.path(i), *a.sizes[i].tolist(), a.image_ids[i],
+                                       source if a.full_boxes is not None else "the JSON"))
         if self.cache is not None:
             self.cache[i] = image
         return image

@@ -31,10 +31,17 @@ class Labelled(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 
 def files_below(folder, *suffixes):
-    """The files of these suffixes, sorted, links followed; what is hidden is no data."""
-    found = []
+    """The files of these suffixes, sorted, links followed; what is hidden is no data.
+
+    A folder that links lead to again is looked through once.
+    """
+    found, known = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(place) in known:
+            folders.clear()
+            continue
+        known.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(place, name) for name in names
                   if not name.startswith(".") and Path(name).suffix.lower() in suffixes]
     return sorted(found)
@@ -68,10 +75,12 @@ def nearest(files, other):
     images/train/a.jpg goes with labels/train/a.txt.  VOC's JPEGImages/a.jpg goes before its mask,
     SegmentationClass/a.png.
     """
-    def likeness(file):
-        shared = set(file.parent.parts) & set(other.parent.parts)
-        return len(shared), file.parent == other.parent, "image" in file.parent.name.lower()
-    return max(files, key=likeness, default=None)
+    return max(files, key=lambda file: likeness(file, other), default=None)
+
+
+def likeness(file, other):
+    shared = set(file.parent.parts) & set(other.parent.parts)
+    return len(shared), file.parent == other.parent, "image" in file.parent.name.lower()
 
 
 def is_split(name):
@@ -321,18 +330,16 @@ def yolo2coco(folder, out, val_share=None, seed=0):
     texts = [file for file in files_below(folder, ".txt")
              if file != source and not file.stem.lower().startswith("readme")]
     lists, texts = yolo_lists(texts, pictures)
-    text_of = by_name(texts)
-
-    split_by = {picture: lists.get(picture.name) or split_of(picture, home)
-                for picture in pictures}
-    text_by = {picture: nearest(text_of.get(picture.stem, []), picture) for picture in pictures}
+    splits_by = {picture: lists.get(picture) or [split_of(picture, home)] for picture in pictures}
+    text_by = yolo_pairs(pictures, texts)
     used = set(text_by.values()) - {None}
     if not used:
         raise DataError(f"{folder}: no text file is called like a picture")
 
     # what lies beside the splits and has no text is a preview or the like
-    stray = [picture for picture in pictures if text_by[picture] is None
-             and split_by[picture] == "all" and len(set(split_by.values())) > 1]
+    split = any(splits != ["all"] for splits in splits_by.values())
+    stray = [picture for picture in pictures
+             if split and text_by[picture] is None and splits_by[picture] == ["all"]]
     leave_out(folder, "pictures beside the splits", [picture.name for picture in stray])
     leave_out(folder, "text files without a picture",
               [file.name for file in texts if file not in used])
@@ -343,7 +350,8 @@ def yolo2coco(folder, out, val_share=None, seed=0):
         if file is None:
             bare.append(picture.name)
         objects = yolo_file(file, size, names, keypoints, bad) if file else []
-        splits.setdefault(split_by[picture], []).append(Labelled(picture, size, objects))
+        for split in splits_by[picture]:
+            splits.setdefault(split, []).append(Labelled(picture, size, objects))
     if bad:
         more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
         raise DataError(f"{len(bad)} bad line(s): {'; '.join(bad[:5])}{more}")
@@ -353,17 +361,49 @@ def yolo2coco(folder, out, val_share=None, seed=0):
     return write(out, splits, names, val_share, seed)
 
 
+def yolo_pairs(pictures, texts):
+    """{picture: its text, or None}: each text goes with the pictures of its name nearest to it."""
+    text_of = by_name(texts)
+    text_by = {picture: nearest(text_of.get(picture.stem, []), picture) for picture in pictures}
+    closest = {}
+    for picture, text in text_by.items():
+        if text:
+            shared = likeness(picture, text)[:2]
+            closest[text] = max(shared, closest.get(text, shared))
+    return {picture: text if text and likeness(picture, text)[:2] == closest[text] else None
+            for picture, text in text_by.items()}
+
+
 def yolo_lists(texts, pictures):
-    """Lists of pictures, train.txt or the like: ({name of the picture: split}, the other texts)."""
-    known, lists, others = {picture.name for picture in pictures}, {}, []
+    """Lists of pictures, train.txt or the like: ({picture: its splits}, the other texts).
+
+    A list is a text called like a split whose lines are mostly names or paths of pictures.
+    Raises DataError if one of them is not there.
+    """
+    named, lists, others = by_name(pictures), {}, []
     for file in texts:
         lines = read_text(file).splitlines() if is_split(file.stem) else []
-        lines = [last_part(line) for line in lines if line.strip()]
-        if lines and known.issuperset(lines):
-            lists.update(dict.fromkeys(lines, file.stem))
-        else:
+        lines = [line for line in dict.fromkeys(lines) if line.strip()]
+        missing = [line for line in lines if last_part(line) not in named]
+        if 2 * len(missing) >= len(lines):
             others.append(file)
+            continue
+        if missing:
+            raise DataError(f"{file}: names {missing[0]!r}, but there is no picture of that name "
+                            f"({len(missing)} of {len(lines)} lines); take such lines out")
+        for line in lines:
+            lists.setdefault(yolo_listed(line, named, file), []).append(file.stem)
     return lists, others
+
+
+def yolo_listed(line, named, file):
+    """The picture of a line: of those with its name the one whose path ends most like it."""
+    words = line.strip().replace("\\", "/").split("/")[::-1]
+
+    def ending(picture):
+        alike = [a == b for a, b in zip(words, picture.parts[::-1])] + [False]
+        return alike.index(False), file.stem in picture.parts, likeness(picture, file)
+    return max(named[last_part(line)], key=ending)
 
 
 def yolo_names(folder):

@@ -51,8 +51,10 @@ def picture_size(path):
     """Height and width of a picture file, upright, from its header alone.  Raises DataError."""
     try:
         with Image.open(path) as picture:
-            # EXIF orientations from 5 on exchange the sides
-            turned = picture.getexif().get(0x0112, 1) >= 5
+            # EXIF's orientations 5 to 8 exchange the sides
+            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            if turned and picture.format == "TIFF":      # some versions of Pillow have done it
+                return load_picture(path).size[::-1]
             return picture.size if turned else picture.size[::-1]
     except FileNotFoundError:
         raise DataError(f"{path}: the picture does not exist; check the image folder") from None
@@ -61,11 +63,11 @@ def picture_size(path):
                         f"fetch it again") from None
 
 
-def load_picture(path, height=None, width=None, image_id=None):
+def load_picture(path, height=None, width=None, image_id=None, source="the JSON"):
     """A picture file as upright RGB (PIL): grey, palette, CMYK, alpha, 16 bit, EXIF, all of it.
 
-    Raises DataError if it cannot be decoded to its end or is not of the given size.  Decoding is
-    Pillow's; torchvision's own image reading is deprecated.
+    Raises DataError if it cannot be decoded to its end or is not of the size that `source` says.
+    Decoding is Pillow's; torchvision's own image reading is deprecated.
     """
     which = path if image_id is None else f"{path} (image {image_id!r})"
     try:
@@ -77,7 +79,7 @@ def load_picture(path, height=None, width=None, image_id=None):
                 picture = Image.fromarray(eight_bits(np.asarray(picture)))
                 deep = False
             picture = picture if picture.mode == "RGB" else picture.convert("RGB")
-        if deep and max(high for _, high in picture.getextrema()) < 16:
+        if deep and 0 < max(high for _, high in picture.getextrema()) < 16:
             raise DataError("its 16 bits a colour hold values below 4096 alone, as of 12 bits, and "
                             "would be black; save it with 8 bits")
     except DataError as error:
@@ -90,7 +92,7 @@ def load_picture(path, height=None, width=None, image_id=None):
                         f"fetch it again{instead}") from None
     if height is not None and picture.size != (width, height):
         raise DataError(f"{which}: the picture is {picture.width} x {picture.height} "
-                        f"(width x height, after its EXIF rotation) but the JSON says "
+                        f"(width x height, after its EXIF rotation) but {source} says "
                         f"{width} x {height}; correct one of them")
     return picture
 

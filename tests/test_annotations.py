@@ -167,6 +167,7 @@ FAULTS = {
     "broken JSON": ('{"images": [', ["not valid JSON"]),
     "an empty file": ("", ["not valid JSON"]),
     "nested beyond reason": ("[" * 100_000, ["not valid JSON"]),
+    "a number of 5,000 digits": ('{"images": ' + "1" * 5000 + "}", ["not valid JSON"]),
     "a list": ([], ["not a COCO data set"]),
     "a result file": ([{"image_id": 5, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}],
                       ["evaluate.py results"]),
@@ -405,6 +406,16 @@ def test_every_fault_is_told_by_line_and_counted_by_the_check(crowd_folder, comm
     code, out, _ = command(annotations, "check", "--json", file,
                            "--images", crowd_folder / "Images")
     assert code == 1 and f"  {kind}: 1" in out and "line 2" in out
+
+
+def test_a_size_that_no_picture_has_is_as_good_as_none(crowd_folder):
+    """The picture itself tells."""
+    line = {**GOOD[0], "height": 1e29, "width": 40}
+    file = write_lines(crowd_folder / "f.odgt", [line])
+    own = annotations.read_annotations(write_lines(crowd_folder / "g.odgt", GOOD[:1]),
+                                       crowd_folder / "Images")
+    found = annotations.read_annotations(file, crowd_folder / "Images")
+    assert found.sizes.tolist() == own.sizes.tolist()
 
 
 def test_an_ignored_box_outside_the_picture_is_no_fault(crowd_folder):

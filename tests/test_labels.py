@@ -453,6 +453,48 @@ def test_lists_of_pictures_are_splits(tmp_path):
     assert found == {"train.json": ["a.jpg", "b.jpg"], "valid.json": ["c.jpg"]}
 
 
+def listed(out):
+    return {file.name: [image["file_name"] for image in json.loads(file.read_text())["images"]]
+            for file in out.iterdir()}
+
+
+def test_a_list_means_the_picture_whose_path_it_gives(tmp_path):
+    """Names repeat in the folders of splits; a picture may be in several lists."""
+    folder = yolo(tmp_path / "in", {f"images/{split}/{n}.jpg": (f"labels/{split}/{n}.txt", DOG)
+                                    for split in ("train", "val") for n in "ab"})
+    (folder / "train.txt").write_text("/old/images/train/a.jpg\n/old/images/train/b.jpg\n")
+    (folder / "val.txt").write_text("images\\val\\a.jpg\n./images/val/b.jpg\n")
+    (folder / "trainval.txt").write_text("images/train/a.jpg\nimages/val/a.jpg\n")
+    labels.yolo2coco(folder, tmp_path / "out")
+    assert listed(tmp_path / "out") == {"train.json": ["a.jpg", "b.jpg"],
+                                        "val.json": ["a.jpg", "b.jpg"],
+                                        "trainval.json": ["train/a.jpg", "val/a.jpg"]}
+
+
+def test_a_list_that_names_a_missing_picture_is_told(tmp_path):
+    folder = yolo(tmp_path / "in", {f"{n}.jpg": (f"{n}.txt", DOG) for n in "abc"})
+    (folder / "val.txt").write_text("a.jpg\nb.jpg\nz.jpg\n")
+    with pytest.raises(annotations.DataError, match="val.txt: names 'z.jpg'.*1 of 3"):
+        labels.yolo2coco(folder, tmp_path / "out")
+
+
+def test_a_text_is_of_one_splits_picture_alone(tmp_path):
+    folder = yolo(tmp_path / "in", {"train/images/a.jpg": ("train/labels/a.txt", DOG),
+                                    "train/images/b.jpg": (None, ""),
+                                    "valid/images/b.jpg": ("valid/labels/b.txt", CAT)})
+    written = labels.yolo2coco(folder, tmp_path / "out")
+    found = {Path(file).name: annotations.read_annotations(file, images).first.tolist()
+             for file, images in written.items()}
+    assert found == {"train.json": [0, 1, 1], "valid.json": [0, 1]}
+
+
+def test_links_that_lead_in_a_circle_are_followed_once(tmp_path):
+    folder = yolo(tmp_path / "in", {"images/a.jpg": ("images/a.txt", DOG)})
+    (folder / "images" / "again").symlink_to(folder)
+    labels.yolo2coco(folder, tmp_path / "out")
+    assert listed(tmp_path / "out") == {"all.json": ["a.jpg"]}
+
+
 def test_yolos_share_is_cut_off_too(tmp_path, command):
     folder = yolo(tmp_path / "in", {f"{n}.jpg": (f"{n}.txt", DOG) for n in range(10)})
     code, out, _ = command(annotations, "yolo2coco", folder, "--out", tmp_path / "out",

@@ -143,7 +143,7 @@ EXIF = {1: "TL TR BL BR", 2: "TR TL BR BL", 3: "BR BL TR TL", 4: "BL BR TL TR",
 
 
 @pytest.mark.parametrize("orientation", EXIF)
-@pytest.mark.parametrize("name", ["p.jpg", "p.png"])
+@pytest.mark.parametrize("name", ["p.jpg", "p.png", "p.tif"])
 def test_a_rotated_photograph_comes_out_upright(tmp_path, orientation, name):
     colours = {"TL": RED, "TR": GREEN, "BL": BLUE, "BR": WHITE}
     # as stored; upright it is 96 wide
@@ -155,9 +155,18 @@ def test_a_rotated_photograph_comes_out_upright(tmp_path, orientation, name):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / name, exif=exif, **({"quality": 95} if name == "p.jpg" else {}))
+    assert pictures.picture_size(tmp_path / name) == (64, 96)
     picture = pictures.load_picture(tmp_path / name, height=64, width=96)
     for corner, place in (("TL", (8, 8)), ("TR", (88, 8)), ("BL", (8, 56)), ("BR", (88, 56))):
         assert np.abs(np.subtract(picture.getpixel(place), colours[corner])).max() < 30
+
+
+def test_an_orientation_that_is_none_changes_nothing(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    Image.new("RGB", (96, 64)).save(tmp_path / "p.jpg", exif=exif)
+    assert pictures.picture_size(tmp_path / "p.jpg") == (64, 96)
+    assert pictures.load_picture(tmp_path / "p.jpg").size == (96, 64)
 
 
 @pytest.mark.parametrize("name", ["p.jpg", "p.png", "p.bmp", "p.tif", "p.gif", "p.webp"])
