@@ -15,6 +15,7 @@ Everything is a function of (seed, split, index): the same seed gives the same b
 number of pictures.  What is written is read back by the ordinary COCO reader in data.py.
 """
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
+
+from pictures import DataError
 
 KINDS = ("disk", "ring", "triangle", "star", "crescent", "hook")
 VERSION = 2                     # raise it when the pictures change: they are drawn anew
@@ -211,13 +214,33 @@ def drawn(folder, name):
 def begin(marker, recipe):
     """Whether a data set has to be drawn.
 
-    Its folder's marker, written last, says if this very one is there already.
+    Its folder's marker, written last, says if this very one is there already; a file `drawing` lies
+    in it meanwhile.  Raises DataError if the folder holds anything else, which would be drawn over.
     """
+    folder, begun = marker.parent, marker.with_name("drawing")
     if marker.exists() and marker.read_text() == recipe:
         return False
+
+    theirs = ""
+    if marker.exists():
+        with contextlib.suppress(ValueError, AttributeError):        # of a write that was killed
+            theirs = json.loads(marker.read_text()).get("set", "scenes")
+    elif not begun.exists() and folder.is_dir() and any(folder.iterdir()):
+        theirs = "other files"
+    if theirs not in ("", json.loads(recipe)["set"]):
+        raise DataError(f"{folder} holds {theirs}, over which the pictures would be drawn; choose "
+                        f"an empty folder, or --data custom for files of your own")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.touch()
     marker.unlink(missing_ok=True)
-    print(f"drawing pictures into {marker.parent} (once)", flush=True)
+    print(f"drawing pictures into {folder} (once)", flush=True)
     return True
+
+
+def finish(marker, recipe):
+    marker.write_text(recipe)
+    marker.with_name("drawing").unlink()
 
 
 def write(out, seed=0, counts=COUNTS):
@@ -254,7 +277,7 @@ def write(out, seed=0, counts=COUNTS):
         categories = [{"id": k + 1, "name": name} for k, name in enumerate(KINDS)]
         record = {"images": images, "annotations": annotations, "categories": categories}
         (out / f"{split}.json").write_text(json.dumps(record))
-    marker.write_text(recipe)
+    finish(marker, recipe)
     return out
 
 
@@ -447,7 +470,7 @@ def write_crowd(out, seed=0, counts=CROWD_COUNTS):
             picture.save(out / "Images" / f"{name}.png", compress_level=1)
             lines.append(json.dumps({"ID": name, "gtboxes": boxes}) + "\n")
         (out / f"annotation_{split}.odgt").write_text("".join(lines))
-    marker.write_text(recipe)
+    finish(marker, recipe)
     return out
 
 
@@ -521,6 +544,9 @@ def main():
     except (OSError, ValueError) as error:
         print(f"scenes.py: cannot write: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("scenes.py: interrupted; the same command draws it anew", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from torchvision.ops import box_iou
 
 import scenes
+from pictures import DataError
 
 ROOT = Path(scenes.__file__).parent
 # pycocotools under numpy 2
@@ -196,6 +197,19 @@ def test_a_write_killed_while_it_wrote_complete_json_is_repeated(tmp_path):
     expected = contents(scenes.write(tmp_path, seed=0, counts={"train": 2, "val": 1}))
     (tmp_path / "complete.json").write_text("")
     assert contents(scenes.write(tmp_path, seed=0, counts={"train": 2, "val": 1})) == expected
+
+
+def test_nothing_is_drawn_over_files_of_another(tmp_path):
+    """`train.py --data-dir mine`, --data custom forgotten: my train.json must stay."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.json").write_text("mine")
+    for draw in (scenes.write, scenes.write_crowd):
+        with pytest.raises(DataError, match="mine holds other files"):
+            draw(tmp_path / "mine", counts={"train": 1, "val": 1})
+    assert contents(tmp_path / "mine") == {"train.json": b"mine"}
+    scenes.write(tmp_path / "scenes", counts={"train": 1, "val": 1})
+    with pytest.raises(DataError, match="scenes holds scenes"):
+        scenes.write_crowd(tmp_path / "scenes", counts={"train": 1, "val": 1})
 
 
 # ------------------------------------------------------------------------------------------------
