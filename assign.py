@@ -23,7 +23,8 @@ contract:
 
 A cost of your own, `--cost my.py:f`, is f(one, target) -> (Q, G) floating point, inf = forbidden,
 never NaN, from the Prediction of one image (models.py) and its target (data.py).  Both kinds are
-told how far training is, from 0 to 1, if they name an argument `progress`.
+told how far training is, from 0 to 1, if they name an argument `progress` (functions do, objects
+that can be called are not asked).
 """
 from typing import NamedTuple
 

@@ -591,7 +591,7 @@ def make_parser():
     g.add_argument("--export", metavar="OUT.pt2",
                    help="the file of torch.export to write; must not exist")
     g.add_argument("--weights", metavar="F", help="a checkpoint of train.py or of this program")
-    g.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
+    g.add_argument("--size", nargs=2, type=runs.at_least(1), metavar=("HEIGHT", "WIDTH"),
                    help="of the pictures, in pixels (default: those it was tested with, where all "
                         "are squares of one size)")
     return parser

@@ -195,6 +195,9 @@ def detect(model, pictures, batch_size=1, max_dets=100, device="cpu", precision=
     results = {}
     was_training = model.training
     model.eval()
+    own = [buffer.clone() for buffer in model.buffers()] if world > 1 else []
+    for buffer in model.buffers() if own else ():        # batch norm's statistics: the checkpoint's
+        dist.broadcast(buffer, 0)
 
     for images, mask, targets in batches:
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
@@ -209,6 +212,8 @@ def detect(model, pictures, batch_size=1, max_dets=100, device="cpu", precision=
                     for box, score, label in zip(xywh.tolist(), scores.tolist(), labels.tolist())
                     if a.category_ids[label] is not None)        # a class that the file lacks
 
+    for buffer, before in zip(model.buffers(), own):
+        buffer.copy_(before)
     model.train(was_training)
     if world > 1:
         shares = [None] * world if rank == 0 else None
@@ -519,7 +524,7 @@ def make_parser():
                             help="score the result file of any detector")
     add_result_flags(c, required=True)
     c.add_argument("--out", metavar="F", help="also write the figures to this file")
-    c.add_argument("--max-dets", type=int, metavar="N",
+    c.add_argument("--max-dets", type=runs.at_least(1), metavar="N",
                    help="detections per image and class that count (default 100, crowdhuman 500)")
 
     # without SUPPRESS it would undo flags given before the command
@@ -562,15 +567,15 @@ def add_checkpoint_flags(parser, out):
     g = parser.add_argument_group("data (default: what the checkpoint was validated on)")
     data.add_data_flags(g, train=False)
     g = parser.add_argument_group("how")
-    g.add_argument("--max-dets", type=int, metavar="N",
+    g.add_argument("--max-dets", type=runs.at_least(1), metavar="N",
                    help="detections per image (default: the checkpoint's, 100)")
-    g.add_argument("--batch-size", type=int, metavar="N",
+    g.add_argument("--batch-size", type=runs.at_least(1), metavar="N",
                    help="pictures at a time, of each process (default: 1, as published, of scenes "
                         "and crowd 16); where their sizes differ, more than 1 changes the figures")
     g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda if there is one)")
     g.add_argument("--precision", choices=("fp32", "bf16"),
                    help="bf16 runs the network in bfloat16 (default: as it was trained)")
-    g.add_argument("--workers", type=int, metavar="N",
+    g.add_argument("--workers", type=runs.at_least(0), metavar="N",
                    help="processes that read pictures (default: as in training)")
     g.add_argument("--out", metavar="DIR", help=out)
 

@@ -273,6 +273,15 @@ def trained(run, split="val", file="last.pt"):
                    pictures)
 
 
+def of_same_pictures(detectors):
+    """Raises ValueError if runs whose pictures stand one below the other have not the same."""
+    first, *others = (one.pictures.annotations for one in detectors)
+    for other in others:
+        if other.image_ids != first.image_ids:
+            raise ValueError(f"the runs were trained on other pictures: {first.json_file} and "
+                             f"{other.json_file} do not list the same")
+
+
 def stages(run, split="val"):
     """The detector at the steps that --keep-checkpoints kept, or at its last."""
     kept = sorted(Path(run).glob("step-*.pt")) or [Path(run) / "last.pt"]
@@ -411,6 +420,7 @@ def positive_samples(runs, file, image=None, count=6, counted=300):
     lines of text: the share of positives on the background over `counted` training pictures.
     """
     detectors = [trained(run, "train") for run in runs]
+    of_same_pictures(detectors)
     pictures = detectors[0].pictures
     file_of = pictures.annotations.json_file
     silhouettes = positives.Silhouettes(file_of) if file_of.endswith(".json") else None
@@ -526,6 +536,7 @@ def hero(runs, file, image=None, count=4, threshold=0.2):
 def wandering(runs, file, image=None, count=3):
     """The positives of a few training pictures over the kept checkpoints, as a GIF."""
     detectors = [stages(run, "train") for run in runs]
+    of_same_pictures([kept[0] for kept in detectors])
     pictures = detectors[0][0].pictures
     some = (with_objects(pictures, 2, 3) or with_objects(pictures, 1))[:count]
     if image is not None:
@@ -577,6 +588,8 @@ def add_detections(commands):
 def run_detections(args):
     model, checkpoint = checkpoints.load(args.weights)
     model.to(runs.usable_device(args.device))
+    if not 0 <= args.score <= 1:                 # NaN compares false
+        raise ValueError(f"--score {args.score}: must be between 0 and 1")
     return detect_files(model, checkpoint, args.images, args.out, args.score, args.nms)
 
 
@@ -596,19 +609,15 @@ def main():
             c.add_argument("--image", metavar="ID", help="a picture of your choice")
     add_detections(commands)
     args = parser.parse_args()
-    try:
-        with runs.faults_told("figures.py", KeyError, ValueError):
-            if args.command == "detections":
-                told = run_detections(args)
-            else:
-                chosen = {"image": args.image} if getattr(args, "image", None) else {}
-                told = COMMANDS[args.command][0](args.runs, args.out, **chosen) or []
-            for line in told:
-                print(line)
-            print(f"wrote {args.out}")
-    except KeyboardInterrupt:
-        print("figures.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    with runs.faults_told("figures.py", KeyError, ValueError):
+        if args.command == "detections":
+            told = run_detections(args)
+        else:
+            chosen = {"image": args.image} if getattr(args, "image", None) else {}
+            told = COMMANDS[args.command][0](args.runs, args.out, **chosen) or []
+        for line in told:
+            print(line)
+        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -416,16 +416,18 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("function", nargs="?", metavar="my.py:f", help="the strategy or cost")
-    add("--seed", type=int, default=0, metavar="N", help="of the matrices, the boxes and the run")
+    add("--seed", type=runs.at_least(0), default=0, metavar="N",
+        help="of the matrices, the boxes and the run")
     add("--json", metavar="FILE", help="write the points to this file as well")
     add("--train", action="store_true", help="grade the effect too, by a run of minutes")
     add("--data-dir", metavar="DIR",
         help="other pictures to train on (scenes.py --seed N --out DIR)")
-    add("--many", type=int, metavar="K", help="the run has a second branch, whose --many-assign "
-        "the strategy is; its --assign is hungarian")
+    add("--many", type=runs.at_least(1), metavar="K", help="the run has a second branch, whose "
+        "--many-assign the strategy is; its --assign is hungarian")
     add("--collect", nargs="+", metavar="FILE", help="files of --json, to a table")
     add("--reference", action="store_true", help="train the reference rules for --train")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of --reference")
+    add("--seeds", type=runs.at_least(0), nargs="+", default=[0, 1, 2], metavar="N",
+        help="of --reference")
     args = parser.parse_args()
     own = ["--data-dir", args.data_dir] if args.data_dir else []
     with runs.faults_told("grade.py", AssignError, annotations.DataError):

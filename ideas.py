@@ -96,15 +96,19 @@ def time_limit(seconds):
     told_before = []
 
     def stop(number, frame):
-        if told_before:                      # `except:` in a loop swallows every exception
+        # in two halves: of a process that was suspended for long the second begins now
+        told_before.append(number)
+        if len(told_before) == 1:
+            signal.setitimer(signal.ITIMER_REAL, seconds / 2, seconds / 2)
+            return
+        if len(told_before) > 2:             # `except:` in a loop swallows every exception
             print(f"{words}, and an `except:` that catches the exception that would end it; "
                   f"write `except ValueError:` or what you mean", file=sys.stderr, flush=True)
             os._exit(2)
-        told_before.append(words)
         raise TimeUp(words)
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 2)
+    signal.setitimer(signal.ITIMER_REAL, seconds / 2)
     try:
         yield
     finally:

@@ -319,7 +319,9 @@ def top_k(boxes, scores, k):
 
 def with_nms(boxes, scores, labels, threshold, k):
     """Class-wise non-maximum suppression, then the k best."""
-    keep = batched_nms(boxes.float(), scores.float(), labels, threshold)[:k]
+    # torchvision tells classes apart by moving them, which wants coordinates from 0 on
+    moved = boxes.float() - boxes.float().min().clamp(max=0) if len(boxes) else boxes.float()
+    keep = batched_nms(moved, scores.float(), labels, threshold)[:k]
     return boxes[keep], scores[keep], labels[keep]
 
 

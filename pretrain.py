@@ -139,15 +139,17 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="tiny.pt", metavar="FILE",
                         help="where to write the backbone (default: tiny.pt)")
-    parser.add_argument("--steps", type=int, default=2500, metavar="N",
+    parser.add_argument("--steps", type=runs.at_least(1), default=2500, metavar="N",
                         help="optimiser steps (default 2500)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N",
+    parser.add_argument("--batch-size", type=runs.at_least(1), default=64, metavar="N",
                         help="crops a step (default 64)")
-    parser.add_argument("--seed", type=int, default=0,
+    parser.add_argument("--seed", type=runs.at_least(0), default=0,
                         help="of weights, order and crops (default 0)")
     args = parser.parse_args()
     started = time.time()
     with runs.faults_told("pretrain.py", ValueError):
+        with open(args.out, "ab"):               # where nothing can be written nothing is trained
+            pass
         model = train(args.steps, args.batch_size, seed=args.seed)
         save(model, args.out)
         digest = hashlib.sha256(Path(args.out).read_bytes()).hexdigest()

@@ -268,19 +268,21 @@ def add_later_flags(g):
 
 def add_optimisation_flags(g):
     g.add_argument("--steps", **N, help="optimiser steps (scenes: 2250, RetinaNet 1500, CenterNet "
-                   "2000, DETR 8000, Deformable DETR 1200, Sparse R-CNN 4000)")
+                   "2000, DETR 8000, Deformable DETR 1200, Sparse R-CNN 2000)")
     g.add_argument("--batch-size", **N, help="images per step, over all processes and "
                    "micro-batches (scenes, coco: 16)")
     g.add_argument("--accumulate", **N, help="micro-batches per step (default 1): less memory, the "
-                   "same step")
+                   "same step (but for batch norm, DETR and the original losses, which average "
+                   "over a micro-batch)")
     g.add_argument("--optimizer", choices=("adamw", "sgd"),
                    help="default adamw; the published one-to-many recipes use sgd")
     g.add_argument("--lr", **X, help="peak learning rate (scenes: 1e-3, RetinaNet and CenterNet "
-                   "2e-3, query detectors 5e-4, Deformable DETR 1e-3; coco: as published)")
+                   "2e-3, DETR 5e-4; coco: as published)")
     g.add_argument("--backbone-lr-factor", **X, help="the backbone's learning rate is this times "
                    "--lr (default 1)")
-    g.add_argument("--weight-decay", **X, help="default 1e-4 (0.1: all but FCOS on scenes, all on "
-                   "crowd); SGD spares norm layers, as published")
+    g.add_argument("--weight-decay", **X, help="default 1e-4 (0.1: RetinaNet and CenterNet on "
+                   "scenes, query detectors on all small data, all on crowd); SGD spares norm "
+                   "layers, as published")
     g.add_argument("--momentum", **X, help="of SGD (default 0.9)")
     g.add_argument("--schedule", choices=("step", "one-cycle"), help="step: linear warm-up, then a "
                    "tenth at each milestone; one-cycle: up for a tenth, then down a cosine")
@@ -311,7 +313,7 @@ def add_picture_flags(g):
     g.add_argument("--skip-empty", **YES, help="leave pictures without objects out of training "
                    "(coco, one-to-many RetinaNet and FCOS: yes)")
     g.add_argument("--workers", **N, help="processes that read pictures, per training process "
-                   "(coco: 4, else 0)")
+                   "(coco, crowdhuman: 4, else 0)")
 
 
 def add_detector_flags(g):
@@ -380,14 +382,14 @@ def add_run_flags(g):
     g.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda if there is one)")
     g.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="bf16 runs the network in "
                    "bfloat16, costs and losses stay float32; auto: bf16 where the device computes "
-                   "in it natively (scenes, custom: auto; coco: fp32, as published)")
+                   "in it natively (coco, crowdhuman: fp32, as published; else auto)")
     g.add_argument("--eval-every", **N, help="evaluate every N steps, and always at the end "
                    "(default 0: only then)")
     g.add_argument("--max-dets", **N, help="detections per image in evaluation (default 100; "
                    "crowd, crowdhuman: 500, which suits a custom .odgt too)")
     g.add_argument("--log-every", **N, help="steps between rows of log.csv (default 20)")
-    g.add_argument("--checkpoint-every", **N, help="steps between checkpoints (default 500; coco: "
-                   "2500)")
+    g.add_argument("--checkpoint-every", **N, help="steps between checkpoints (default 500; coco, "
+                   "crowdhuman: 2500)")
     g.add_argument("--keep-checkpoints", type=float, nargs="+", metavar="X",
                    help="keep OUT/step-N.pt at these shares of the steps: 0.1 0.5 1 are Figure 5's "
                    "early, middle and late (figures.py scores, wander)")
@@ -403,7 +405,7 @@ def names_of(add_flags):
 OPTIONS = names_of(add_detector_flags) | {"many"}
 OF_MANY = "many_assign", "many_weight", "many_detach"
 # the machine, paths (the pictures' ids must agree), and what is written
-FREE_ON_RESUME = {"out", "resume", "init", "device", "workers", "accumulate", "data_dir",
+FREE_ON_RESUME = {"out", "resume", "device", "workers", "accumulate", "data_dir",
                   "train_json", "train_images", "val_json", "val_images", "log_every",
                   "checkpoint_every", "eval_every", "keep_checkpoints"}
 

@@ -2,6 +2,7 @@
 
 Nothing here knows what is trained.
 """
+import argparse
 import contextlib
 import csv
 import errno
@@ -15,9 +16,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:             # Windows has none
+    fcntl = None
 
 
 class RunError(ValueError):
@@ -28,7 +35,7 @@ class TrainingStopped(RuntimeError):
     """NaN or Inf in the losses, or a strategy that fails: says at which step, for which images."""
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Ctrl-C or a request to end; the checkpoint is written."""
 
 
@@ -134,13 +141,20 @@ def signals_noted():
 
 @contextlib.contextmanager
 def faults_told(program, *kinds):
-    """Errors of these kinds, and what the machine lacks, become one sentence and exit code 2."""
+    """Errors of these kinds, and what the machine lacks, become one sentence and exit code 2.
+
+    Ctrl-C is one sentence too, and code 130.
+    """
     for stream in (sys.stdout, sys.stderr):
-        # names in other people's files may hold what a terminal cannot show
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):   # a notebook's cannot
+            # names in other people's files may hold what a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
         return
+    except KeyboardInterrupt as error:
+        print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
     except (*kinds, OSError, RuntimeError, ValueError, MemoryError) as error:
         told = isinstance(error, kinds) and not isinstance(error, OSError)
         words = str(error) if told else machine_fault(error)
@@ -150,6 +164,15 @@ def faults_told(program, *kinds):
     if words != OTHER_ENDED:
         tell_torchrun(words)
     sys.exit(2)
+
+
+def at_least(least):
+    """A type of argparse: a whole number, not below `least`."""
+    def number(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        return int(text)
+    return number
 
 
 OTHER_ENDED = "another process of this run has ended; its own message says why"
@@ -208,13 +231,52 @@ def claim_folder(out, name, process):
 
     Raises RunError if it holds a run already.
     """
-    chosen = [out or free_name(Path("runs") / name)]
+    chosen = [out]
+    while process.is_main and not chosen[0]:
+        wanted = free_name(Path("runs") / name)
+        with contextlib.suppress(FileExistsError):       # another run has just made it
+            Path(wanted).mkdir(parents=True)
+            chosen = [wanted]
     if process.world > 1:
         dist.broadcast_object_list(chosen)
     if (Path(chosen[0]) / "last.pt").exists():
         raise RunError(f"--out {chosen[0]} holds a run already; add --resume to go on with it, or "
                        f"choose another folder")
     return chosen[0]
+
+
+@contextlib.contextmanager
+def held(folder, process, patience=10):
+    """Keeps other runs out of a folder; one that stays empty is removed at the end.
+
+    patience: seconds to wait for a run that has just been killed, whose workers still end
+    Raises RunError if another run is at work in it.
+    """
+    if not process.is_main:
+        yield
+        return
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        end = time.time() + patience
+        while lock is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.time() > end:
+                    raise RunError(f"--out {folder}: another run is at work in it; wait for its "
+                                   f"end, or choose another folder") from None
+                time.sleep(0.2)
+            except OSError:                  # a file system without locks
+                break
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+        with contextlib.suppress(OSError):
+            Path(folder).rmdir()             # of an empty one alone
 
 
 @contextlib.contextmanager
@@ -227,7 +289,7 @@ def whole(file):
     target = Path(os.path.realpath(file))
     if target.exists() and not target.is_file():
         raise OSError(errno.EINVAL, "is not a plain file; choose another name", str(file))
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")     # each writer its own
     try:
         yield temporary
         temporary.replace(target)
@@ -267,7 +329,7 @@ class Log:
             kept = [row for row in lines if len(row) == len(header)
                     and row[0].isdigit() and int(row[0]) <= step]
             with whole(self.file) as temporary, open(temporary, "w", newline="") as stream:
-                if step:
+                if step and header:
                     csv.writer(stream, lineterminator="\n").writerows([header, *kept])
 
     def row(self, values):
@@ -288,9 +350,18 @@ class Log:
 # going on exactly
 # ------------------------------------------------------------------------------------------------
 
+def seed_everything(seed):
+    """The generators that weights, dropout and a strategy of one's own may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+
+
 def random_states(device):
     """The states of every generator that training draws from, as plain values and tensors."""
-    states = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    kind, numbers, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "torch": torch.get_rng_state(),
+              "numpy": [kind, numbers.tolist(), *rest]}
     kind = torch.device(device).type
     if kind == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -303,6 +374,8 @@ def set_random_states(states, device):
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(states["torch"])
+    if "numpy" in states:                    # older checkpoints have none
+        np.random.set_state(tuple(states["numpy"]))
     kind = torch.device(device).type
     if kind == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

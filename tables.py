@@ -175,9 +175,10 @@ def read_command(words):
     add = parser.add_argument
     add("tables", nargs="+", choices=tuple(ROWS), metavar="TABLE", help="1, 2, 1 2, 3 or many")
     add("--data", help="scenes (default) or coco; table 3: crowd (default) or crowdhuman")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    add("--seeds", type=runs.at_least(0), nargs="+", default=[0], metavar="N", help="default: 0")
     add("--detectors", nargs="+", choices=tuple(NAMES), metavar="D", help="default: all")
-    add("--jobs", type=int, default=1, metavar="N", help="runs side by side (default: 1)")
+    add("--jobs", type=runs.at_least(1), default=1, metavar="N",
+        help="runs side by side (default: 1)")
     add("--collect", action="store_true", help="train nothing, take what is there")
     add("--readme", metavar="FILE",
         help="a page: what stands in it between <!-- table 1 --> and <!-- end of table 1 --> (or "
@@ -196,8 +197,8 @@ def read_command(words):
     if args.data not in choices or not set(args.detectors) <= set(fits):
         raise UsageError(f"table {args.tables[0]} has rows of {', '.join(fits)} on "
                          f"{' and '.join(choices)}, nothing else")
-    if args.jobs < 1 or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        raise UsageError("--jobs must be at least 1, --seeds different and not negative")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UsageError("--seeds must be different ones")
     return args
 
 
@@ -244,12 +245,11 @@ def main():
     if "--" in words:
         words, extra = words[:words.index("--")], words[words.index("--") + 1:]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with runs.faults_told("tables.py", UsageError, RunError, annotations.DataError):
+    with runs.faults_told("tables.py", UsageError, RunError, annotations.DataError):
+        try:
             sys.exit(run(read_command(words), extra))
-    except KeyboardInterrupt:
-        print("tables.py: interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on") from None
 
 
 if __name__ == "__main__":

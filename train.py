@@ -23,7 +23,6 @@ import contextlib
 import hashlib
 import math
 import platform
-import random
 import shlex
 import shutil
 import sys
@@ -258,6 +257,15 @@ def restore(checkpoint, model, loss, optimizer, watch, flags, process):
         runs.set_random_states(runs.own_share(checkpoint["random"], process), process.device)
 
 
+def how_to_go_on(flags, step=None):
+    """What to say of a run that was interrupted, after which step if that has just been saved."""
+    if not (Path(flags["out"]) / "last.pt").exists():
+        return "interrupted before anything was saved"
+    saved = "what was reached" if step is None else f"step {step}"
+    return (f"interrupted; {saved} is saved: go on with  python train.py --resume "
+            f"--out {shlex.quote(flags['out'])}")
+
+
 def score(step, model, pictures, truth, flags, process, log):
     """Evaluates, and writes what there is to see.  Returns the figures (process 0) or None."""
     results = evaluate.detect(model, pictures, evaluate.at_once(flags["data"]), flags["max_dets"],
@@ -331,8 +339,7 @@ def train(flags, checkpoint, given, process):
     truth = evaluate.ground_truth(val_pictures.annotations) if process.is_main else None
 
     # Model, and the row of Table 1: its cost, its strategy, its loss:
-    torch.manual_seed(flags["seed"])
-    random.seed(flags["seed"])
+    runs.seed_everything(flags["seed"])
     model = build_model(flags, checkpoint, classes, process)
     torch.manual_seed(flags["seed"] + process.rank)      # dropout differs from process to process
     model.to(device).train()
@@ -401,17 +408,18 @@ def train(flags, checkpoint, given, process):
                 values.pop("interrupted")
                 progress.row(done, values, flags["lr"] * lr_factor(step, flags),
                              watch.row(prediction, targets, matches))
-            if is_due(done, flags) or stop:
+            if is_due(done, flags) or is_evaluated(done, flags) or stop:
                 numbers.read()                           # what is not finite is not saved
                 save(done, model, loss, optimizer, flags, classes, watch, process)
             if stop:
-                raise Interrupted(f"interrupted; step {done} is saved: go on with  python train.py "
-                                  f"--resume --out {shlex.quote(flags['out'])}")
+                raise Interrupted(how_to_go_on(flags, done))
             if is_evaluated(done, flags):
                 with progress.pause():
                     score(done, model, val_pictures, truth, flags, process, eval_log)
 
     # All is saved: from here on Ctrl-C simply stops.
+    if noted:
+        raise Interrupted
     return score(steps, model, val_pictures, truth, flags, process, eval_log)
 
 
@@ -434,11 +442,13 @@ def main(argv=None):
                 flags["out"] = runs.claim_folder(flags.get("out"), name, process)
             repeat = {name: value for name, value in given.items()
                       if value is not None and name not in ("resume", "out")}
-            result = train(flags, checkpoint, repeat, process)
-    except (Interrupted, KeyboardInterrupt) as message:
-        if process is None or process.is_main:
-            print(f"train.py: {message or 'interrupted before the first step'}", file=sys.stderr)
-        sys.exit(130)
+            try:
+                with runs.held(flags["out"], process):
+                    result = train(flags, checkpoint, repeat, process)
+            except KeyboardInterrupt as said:            # one process says it
+                if process.is_main:
+                    raise Interrupted(str(said) or how_to_go_on(flags)) from None
+                sys.exit(130)
     finally:
         data.end_workers()
         if dist.is_initialized():

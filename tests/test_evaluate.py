@@ -526,6 +526,23 @@ def test_max_dets_of_the_command_line(tmp_path, command):
     assert "AR    100.00" in command(evaluate, "results", *files)[1]
 
 
+@pytest.mark.parametrize("words", [
+    ["results", "--gt", "g", "--dt", "d", "--max-dets", "-1"],
+    ["--weights", "w", "--max-dets", "0"],
+    ["nms", "--weights", "w", "--max-dets", "-5"], ["--weights", "w", "--batch-size", "0"],
+    ["--weights", "w", "--workers", "-1"]])
+def test_a_number_that_is_none_is_refused(command, words):
+    code, _, err = command(evaluate, *words)
+    assert code == 2 and "no whole number" in err and words[-1] in err
+
+
+def test_an_area_below_0_is_that_of_the_box(tmp_path):
+    """pycocotools would count the object nowhere, and a perfect detection scores -1."""
+    truth = ground_truth([(1, 1, (10, 10, 50, 50))])
+    truth["annotations"][0]["area"] = -1
+    assert figures(tmp_path, truth, [detection((10, 10, 50, 50), 0.9)])["AP"] == 100
+
+
 TRUTH, FOUND = ground_truth([(1, 1, (10, 10, 50, 50))]), [detection((10, 10, 50, 50), 0.9)]
 # ground truth, result file (None: missing, text: as it is), what the sentence must name
 BAD_INPUT = {

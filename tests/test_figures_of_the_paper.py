@@ -68,6 +68,20 @@ def test_the_share_on_the_background_is_that_of_the_polygons(two_runs, tiny_scen
     assert share == pytest.approx(100 * (1 - on / count), abs=8)      # edges, two objects a point
 
 
+@pytest.mark.parametrize("name", ["positives", "wander"])
+def test_runs_of_other_pictures_are_not_shown_below_each_other(
+        two_runs, tiny_scenes, tmp_path, command, name):
+    images = json.loads((tiny_scenes / "train.json").read_text())
+    images["images"] = images["images"][:9]
+    known = {image["id"] for image in images["images"]}
+    images["annotations"] = [b for b in images["annotations"] if b["image_id"] in known]
+    (tmp_path / "few.json").write_text(json.dumps(images))
+    other = tmp_path / "other"
+    train.main(flags(tiny_scenes, out=other, steps=2, **{"train-json": tmp_path / "few.json"}))
+    code, _, err = command(figures, name, two_runs[0], other, "--out", tmp_path / "a.gif")
+    assert code == 2 and "other pictures" in err and err.count("\n") == 1
+
+
 def test_the_other_pictures_are_drawn(two_runs, tmp_path, command):
     for name in ("match", "hero", "curves", "positives"):
         given = two_runs[1:] if name == "match" else two_runs

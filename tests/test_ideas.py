@@ -1,5 +1,6 @@
 """A strategy or cost of one's own: found, called, and told what is wrong, with its line."""
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -67,6 +68,23 @@ def test_a_loop_that_catches_everything_ends_too():
                           cwd=Path(ideas.__file__).parent, timeout=120)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("no answer after 0.3 seconds") and "`except:`" in done.stderr
+
+
+def test_time_in_which_the_process_was_suspended_does_not_count():
+    """Ctrl-Z and fg, or a scheduler's pause; the function takes half a second of two."""
+    program = ("import time, ideas; ideas.SECONDS = 2\n"
+               "def f(cost):\n"
+               "    print('begun', flush=True)\n"
+               "    time.sleep(0.5)\n"
+               "    return 'done'\n"
+               "print(ideas.call(f, None))")
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
+                             cwd=Path(ideas.__file__).parent)
+    assert child.stdout.readline() == "begun\n"
+    child.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    child.send_signal(signal.SIGCONT)
+    assert child.communicate(timeout=60)[0] == "done\n"
 
 
 def test_ctrl_c_is_not_a_fault_of_the_function():

@@ -599,6 +599,15 @@ def test_original_centernet_keeps_peaks():
     assert model.detections(prediction.image(1), 20)["nms"][1].tolist() == expected
 
 
+def test_nms_tells_classes_apart_left_of_the_picture_too():
+    """torchvision moves class 1 by the largest coordinate and 1: here onto the other box."""
+    boxes = torch.tensor([[10.0, 10, 20, 20], [-11, -11, -1, -1], [11, 10, 20, 20]])
+    kept, _, labels = models.with_nms(boxes, torch.tensor([0.9, 0.8, 0.7]),
+                                      torch.tensor([0, 1, 0]), 0.5, 10)
+    assert labels.tolist() == [0, 1] and kept.tolist() == boxes[:2].tolist()
+    assert len(models.with_nms(boxes[:0], torch.zeros(0), torch.zeros(0), 0.5, 10)[0]) == 0
+
+
 @every_detector
 def test_one_to_one_detections_need_no_nms(detector):
     """They are the k best pairs; the NMS column is computed from those k

@@ -11,6 +11,7 @@ import torch
 
 import checkpoints
 import evaluate
+import runs
 import train
 from test_runs import small_files                                    # noqa: F401 (a fixture)
 from test_train import ROOT, fails, flags, rows, same, weights       # noqa: F401 (a fixture)
@@ -201,6 +202,7 @@ def good(tiny_scenes, tmp_path_factory):
     return torch.load(out / "last.pt", weights_only=True)
 
 
+LATE = {"optimizer", "random", "buffers", "watch"}     # what evaluation does not want
 DAMAGE = {
     "no optimizer": {"optimizer": None},
     "no args": {"args": None},
@@ -235,12 +237,15 @@ def test_a_checkpoint_that_is_no_sound_one_is_told_in_a_line(
     for name, value in damage.items():
         content[name] = {**good[name], **value} if isinstance(value, dict) else value
     torch.save(content, tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
     fails(["--resume", "--out", str(tmp_path)], "last.pt: ", checkpoints.DAMAGED)
-    if not damage.keys() & {"optimizer", "step", "random", "buffers", "watch"}:
+    if not damage.keys() & {"step", *LATE}:
         code, _, said = command(evaluate, "--weights", tmp_path)
         assert code == 2 and checkpoints.DAMAGED in said and said.count("\n") == 1
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.pt"] or \
-        torch.load(tmp_path / "last.pt", weights_only=True)["step"] == good["step"]
+    assert (tmp_path / "last.pt").read_bytes() == before
+    # what is found out last is found after the logs are opened
+    late = {"args.json", "log.csv", "eval.csv"} if damage.keys() & LATE else set()
+    assert {file.name for file in tmp_path.iterdir()} - late == {"last.pt"}
 
 
 def test_what_a_run_started_from_is_remembered(good, tiny_scenes, tmp_path, interrupted):
@@ -253,6 +258,49 @@ def test_what_a_run_started_from_is_remembered(good, tiny_scenes, tmp_path, inte
     assert saved["step"] == 8
     assert saved["args"]["init"] == str(tmp_path / "start.pt")
     assert saved["args"]["freeze"] == "location"
+
+
+def test_other_weights_to_start_from_are_refused_on_resume(good, tmp_path, fails):
+    """They would change nothing but what is said of the network."""
+    torch.save(good, tmp_path / "last.pt")
+    fails(["--resume", "--out", str(tmp_path), "--init", str(tmp_path / "last.pt")], "--init")
+
+
+def test_a_request_to_end_in_the_last_step_ends_the_run_before_its_evaluation(
+        tiny_scenes, tmp_path, interrupted, capsys):
+    interrupted(flags(tiny_scenes, out=tmp_path / "run", steps=3), at=3)
+    assert "interrupted" in capsys.readouterr().err and weights(tmp_path / "run")["step"] == 3
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    train.main(["--resume", "--out", str(tmp_path / "run")])
+    assert steps(tmp_path / "run" / "eval.csv") == [3]
+
+
+def test_what_was_reached_is_saved_before_an_evaluation(tiny_scenes, tmp_path, monkeypatch):
+    """It takes minutes on COCO, and a scheduler that ends a job waits for less."""
+    def killed(*arguments):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "score", killed)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags(tiny_scenes, out=tmp_path / "run", **{"eval-every": 3}))
+    assert stop.value.code == 130 and weights(tmp_path / "run")["step"] == 3
+
+
+def test_a_full_disk_at_the_first_row_of_a_log_leaves_nothing_that_hinders(tmp_path):
+    (tmp_path / "eval.csv").write_bytes(b"")
+    runs.Log(tmp_path / "eval.csv", 3).row({"step": 4, "AP": 1.5})
+    assert (tmp_path / "eval.csv").read_text() == "step,AP\n4,1.5\n"
+
+
+def test_a_strategy_that_draws_with_numpy_goes_on_exactly(tiny_scenes, tmp_path, interrupted):
+    file = tmp_path / "my.py"
+    file.write_text("import numpy as np\nimport torch\ndef draw(cost):\n"
+                    "    q = np.random.permutation(cost.shape[0])[:cost.shape[1]]\n"
+                    "    return torch.from_numpy(q), torch.arange(len(q))\n")
+    words = {"assign": f"{file}:draw", "log-every": 1}
+    train.main(flags(tiny_scenes, out=tmp_path / "whole", **words))
+    interrupted(flags(tiny_scenes, out=tmp_path / "parts", **words), at=3)
+    train.main(["--resume", "--out", str(tmp_path / "parts")])
+    assert same(weights(tmp_path / "whole")["model"], weights(tmp_path / "parts")["model"])
 
 
 def test_a_flag_out_of_its_range_is_told_as_on_the_command_line(good, tmp_path, fails):

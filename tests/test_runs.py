@@ -1,4 +1,5 @@
 """What a run leaves, and how it goes on: folder, logs, random states, signals, processes."""
+import argparse
 import contextlib
 import csv
 import io
@@ -6,6 +7,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -168,8 +171,31 @@ def test_a_folder_with_a_run_is_refused_and_another_one_is_not(tmp_path, monkeyp
 def test_without_out_a_run_gets_a_free_folder_in_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert runs.claim_folder(None, "name", ALONE) == str(Path("runs") / "name")
-    (tmp_path / "runs" / "name").mkdir(parents=True)
+    # it is made at once, so that a run that starts at the same time takes another
     assert runs.claim_folder(None, "name", ALONE) == str(Path("runs") / "name-2")
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    with runs.held(tmp_path / "run", ALONE):
+        (tmp_path / "run" / "args.json").touch()
+        with pytest.raises(runs.RunError, match="another run is at work"):
+            with runs.held(tmp_path / "run", ALONE, patience=0.3):
+                pass
+        with runs.held(tmp_path / "run", runs.Process(1, 2, "cpu")):     # of the same run
+            pass
+    with runs.held(tmp_path / "run", ALONE), runs.held(tmp_path / "empty", ALONE):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_number_below_the_least_is_refused(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=runs.at_least(1))
+    assert parser.parse_args(["--n", "12"]).n == 12
+    for wrong in ("0", "-1", "1.5", "many"):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args([f"--n={wrong}"])
+        assert stop.value.code == 2 and wrong in capsys.readouterr().err
 
 
 def test_all_processes_get_the_folder_that_process_0_chose(tmp_path, monkeypatch):
@@ -179,6 +205,18 @@ def test_all_processes_get_the_folder_that_process_0_chose(tmp_path, monkeypatch
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", from_process_0)
     process = runs.Process(1, 2, "cpu")
     assert runs.claim_folder(None, "name", process) == str(tmp_path / "theirs")
+
+
+def test_two_writers_of_one_file_do_not_meet_halfway(tmp_path):
+    """The one that ends first puts its own in place, whole, and not a part of the other's."""
+    with runs.whole(tmp_path / "a") as ours:
+        ours.write_text("ours, wh")
+        program = f"import runs; runs.write_whole({str(tmp_path / 'a')!r}, b'theirs')"
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(runs.__file__).parent)
+        assert (tmp_path / "a").read_text() == "theirs"
+        ours.write_text("ours, whole")
+    assert (tmp_path / "a").read_text() == "ours, whole"
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

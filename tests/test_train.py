@@ -281,13 +281,19 @@ def test_two_processes_compute_the_losses_and_gradients_of_one(
     ("centernet", []),
 ])
 def test_every_kind_of_detector_trains_in_two_processes(
-        tiny_scenes, tmp_path, port, detector, more):
+        tiny_scenes, tmp_path, port, command, detector, more):
     """No parameter may be left without a gradient,
     on which the processes would wait for each other in the second step.
     """
     words = flags(tiny_scenes, out=tmp_path / "run", detector=detector, steps=3)
     run_processes(2, port, words + more)
     assert len(rows(tmp_path / "run" / "log.csv")) == 3
+
+    # batch norm's statistics differ from process to process: those of the checkpoint count
+    assert command(evaluate, "--weights", tmp_path / "run", "--out", tmp_path / "again")[0] == 0
+    here, there = (json.loads((tmp_path / run / "detections.json").read_text())
+                   for run in ("run", "again"))
+    assert [d["score"] for d in here] == pytest.approx([d["score"] for d in there], abs=1e-6)
 
 
 def test_micro_batches_add_up_to_the_same_step(tiny_scenes, tmp_path, descent):
