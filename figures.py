@@ -102,13 +102,26 @@ def detections_beside_truth(pictures, detections, file, count=12, threshold=0.3)
     contact_sheet(cells, columns=6).save(file)
 
 
-def row_name(run, with_seed=True):
-    """A run in the words of Tables 1 and 2, from its args.json; without one, the folder's name."""
+def saved_flags(run):
+    """What a run's args.json holds; None if there is none.  Raises ValueError if it is damaged."""
     file = Path(run) / "args.json"
     if not file.exists():
-        return Path(run).name
+        return None
+    try:
+        flags = json.loads(file.read_text())
+        if not {"detector", "assign", "seed"} <= flags.keys():
+            raise ValueError("no flags of a run")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: not the args.json of a run ({error}); its command anew, with "
+                         f"--resume, writes it again") from None
+    return flags
 
-    flags = json.loads(file.read_text())
+
+def row_name(run, with_seed=True):
+    """A run in the words of Tables 1 and 2, from its args.json; without one, the folder's name."""
+    flags = saved_flags(run)
+    if flags is None:
+        return Path(run).name
     if flags["assign"] == "one-to-many":
         rule = "one-to-many"
     else:
@@ -129,8 +142,7 @@ def titles(runs):
     free = "seed", "out", "versions", "processes", "precision", "device", "keep_checkpoints"
     kinds = {}
     for run in runs:
-        file = Path(run) / "args.json"
-        flags = json.loads(file.read_text()) if file.exists() else {"folder": str(run)}
+        flags = saved_flags(run) or {"folder": str(run)}
         kinds[run] = json.dumps({k: v for k, v in flags.items() if k not in free}, sort_keys=True)
     names = {run: row_name(run, with_seed=False) for run in runs}
     for run, name in list(names.items()):    # one name, other flags: the folder tells them apart

@@ -1,5 +1,6 @@
 """The pictures a run leaves are what they say they are."""
 import numpy as np
+import pytest
 from PIL import Image
 
 import annotations
@@ -58,6 +59,14 @@ def test_learning_curves_are_drawn_from_eval_csv(tmp_path):
     figures.learning_curves([run], tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 1
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"detector": "fc'])
+def test_a_damaged_args_json_is_told(tmp_path, command, content):
+    (tmp_path / "args.json").write_text(content)
+    (tmp_path / "eval.csv").write_text("step,AP,AP_nms,AP50,AP50_nms\n4,1,1,1,1\n")
+    code, _, err = command(figures, "curves", tmp_path, "--out", tmp_path / "a.png")
+    assert code == 2 and "args.json: not the args.json of a run" in err and err.count("\n") == 1
 
 
 def test_learning_curves_of_crowds_show_ap50(tmp_path):
