@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -277,6 +278,15 @@ def held(folder, process, patience=10):
             os.close(lock)
         with contextlib.suppress(OSError):
             Path(folder).rmdir()             # of an empty one alone
+
+
+def how_to_go_on(out, step=None):
+    """What to say of a run that was interrupted, after which step if that has just been saved."""
+    if not (Path(out) / "last.pt").exists():
+        return "interrupted before anything was saved"
+    saved = "what was reached" if step is None else f"step {step}"
+    return (f"interrupted; {saved} is saved: go on with  python train.py --resume "
+            f"--out {shlex.quote(out)}")
 
 
 @contextlib.contextmanager

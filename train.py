@@ -23,7 +23,6 @@ import contextlib
 import hashlib
 import math
 import platform
-import shlex
 import shutil
 import sys
 import time
@@ -257,15 +256,6 @@ def restore(checkpoint, model, loss, optimizer, watch, flags, process):
         runs.set_random_states(runs.own_share(checkpoint["random"], process), process.device)
 
 
-def how_to_go_on(flags, step=None):
-    """What to say of a run that was interrupted, after which step if that has just been saved."""
-    if not (Path(flags["out"]) / "last.pt").exists():
-        return "interrupted before anything was saved"
-    saved = "what was reached" if step is None else f"step {step}"
-    return (f"interrupted; {saved} is saved: go on with  python train.py --resume "
-            f"--out {shlex.quote(flags['out'])}")
-
-
 def score(step, model, pictures, truth, flags, process, log):
     """Evaluates, and writes what there is to see.  Returns the figures (process 0) or None."""
     results = evaluate.detect(model, pictures, evaluate.at_once(flags["data"]), flags["max_dets"],
@@ -412,7 +402,7 @@ def train(flags, checkpoint, given, process):
                 numbers.read()                           # what is not finite is not saved
                 save(done, model, loss, optimizer, flags, classes, watch, process)
             if stop:
-                raise Interrupted(how_to_go_on(flags, done))
+                raise Interrupted(runs.how_to_go_on(flags["out"], done))
             if is_evaluated(done, flags):
                 with progress.pause():
                     score(done, model, val_pictures, truth, flags, process, eval_log)
@@ -447,7 +437,7 @@ def main(argv=None):
                     result = train(flags, checkpoint, repeat, process)
             except KeyboardInterrupt as said:            # one process says it
                 if process.is_main:
-                    raise Interrupted(str(said) or how_to_go_on(flags)) from None
+                    raise Interrupted(str(said) or runs.how_to_go_on(flags["out"])) from None
                 sys.exit(130)
     finally:
         data.end_workers()
