@@ -239,6 +239,8 @@ class DETR(QueryDetector):
 def deformable_attention(value, shapes, where, weights):
     """What each query finds where it looks: Eq. 3 of Deformable DETR, bilinear, zero outside.
 
+    Here H are the heads, of D channels each, and P the points that each looks at in a level.
+
     value: (B, S, H, D), all levels joined   shapes: (h, w) of each level
     where: (B, Q, H, L, P, 2), x and y from 0 to 1   weights: (B, Q, H, L, P), sum 1 over L and P
     returns (B, Q, H * D)
