@@ -107,8 +107,7 @@ RECIPES = {
         "detr": {**SMALL["detr"], "queries": 20, "steps": 8000},
         "deformable-detr": {**SMALL["deformable-detr"], "queries": 20, "levels": 2, "steps": 1200,
                             "lr": 1e-3},
-        "sparse-rcnn": {**SMALL["sparse-rcnn"], "width": 64, "queries": 16, "steps": 2000,
-                        "lr": 1e-3},
+        "sparse-rcnn": {**SMALL["sparse-rcnn"], "width": 64, "queries": 16, "steps": 4000},
     },
     # for a few hundred photographs on the same machine; a GPU wants --backbone resnet50
     # --backbone-weights imagenet
@@ -268,7 +267,7 @@ def add_later_flags(g):
 
 def add_optimisation_flags(g):
     g.add_argument("--steps", **N, help="optimiser steps (scenes: 2250, RetinaNet 1500, CenterNet "
-                   "2000, DETR 8000, Deformable DETR 1200, Sparse R-CNN 2000)")
+                   "2000, DETR 8000, Deformable DETR 1200, Sparse R-CNN 4000)")
     g.add_argument("--batch-size", **N, help="images per step, over all processes and "
                    "micro-batches (scenes, coco: 16)")
     g.add_argument("--accumulate", **N, help="micro-batches per step (default 1): less memory, the "
@@ -277,7 +276,7 @@ def add_optimisation_flags(g):
     g.add_argument("--optimizer", choices=("adamw", "sgd"),
                    help="default adamw; the published one-to-many recipes use sgd")
     g.add_argument("--lr", **X, help="peak learning rate (scenes: 1e-3, RetinaNet and CenterNet "
-                   "2e-3, DETR 5e-4; coco: as published)")
+                   "2e-3, query detectors 5e-4, Deformable DETR 1e-3; coco: as published)")
     g.add_argument("--backbone-lr-factor", **X, help="the backbone's learning rate is this times "
                    "--lr (default 1)")
     g.add_argument("--weight-decay", **X, help="default 1e-4 (0.1: RetinaNet and CenterNet on "
