@@ -391,8 +391,8 @@ def yolo_lists(texts, pictures):
         if missing:
             raise DataError(f"{file}: names {missing[0]!r}, but there is no picture of that name "
                             f"({len(missing)} of {len(lines)} lines); take such lines out")
-        for line in lines:
-            lists.setdefault(yolo_listed(line, named, file), []).append(file.stem)
+        for picture in dict.fromkeys(yolo_listed(line, named, file) for line in lines):
+            lists.setdefault(picture, []).append(file.stem)
     return lists, others
 
 

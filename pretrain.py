@@ -10,6 +10,7 @@ train and validate on scenes of seed 0, this file draws those of seed 1.
 """
 import argparse
 import hashlib
+import os
 import time
 from pathlib import Path
 
@@ -148,8 +149,9 @@ def main():
     args = parser.parse_args()
     started = time.time()
     with runs.faults_told("pretrain.py", ValueError):
-        with open(args.out, "ab"):               # where nothing can be written nothing is trained
-            pass
+        folder = Path(args.out).resolve().parent         # told before minutes are spent
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--out {args.out}: {folder} is not there, or cannot be written to")
         model = train(args.steps, args.batch_size, seed=args.seed)
         save(model, args.out)
         digest = hashlib.sha256(Path(args.out).read_bytes()).hexdigest()

@@ -136,3 +136,10 @@ def test_the_small_recipes_start_from_it_wherever_one_works(
 def test_who_starts_from_what(words, weights, shift):
     found, _ = recipes.effective_flags(vars(recipes.make_parser().parse_args(words.split())))
     assert (found["backbone_weights"], found["shift"]) == (weights, shift)
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_learned(
+        tmp_path, command, monkeypatch):
+    monkeypatch.setattr(pretrain, "train", None)
+    code, _, err = command(pretrain, "--out", tmp_path / "nowhere" / "tiny.pt")
+    assert code == 2 and "nowhere is not there" in err and err.count("\n") == 1
