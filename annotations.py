@@ -102,11 +102,10 @@ class Faults(list):
 
 
 def read_json(file):
+    text = read_text(file)
     try:
-        return json.loads(read_text(file))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:       # numbers of 5,000 digits, absurd nesting
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{file}: not valid JSON ({error}); download or export it again") from None
 
 
@@ -495,7 +494,7 @@ def odgt_picture(record, where, image_dir, sizes, faults):
             return None
 
     # the line's own size, else a known one, else the picture's
-    if not all(is_side(v) for v in size):
+    if not all(map(is_side, size)):
         size = sizes.get(name)
     if size is None and image_dir is None:
         faults.add("missing field", f"{where}: its height and width are in neither file; "
@@ -648,10 +647,7 @@ def read_sizes(cache, image_dir):
 
 def write_sizes(cache, image_dir, sizes):
     Path(cache).parent.mkdir(parents=True, exist_ok=True)
-    # one temporary file a process: several may write the same
-    temporary = Path(f"{cache}.{os.getpid()}")
-    temporary.write_text(json.dumps({"images": str(Path(image_dir).resolve()), "sizes": sizes}))
-    temporary.replace(cache)
+    runs.write_json(cache, {"images": str(Path(image_dir).resolve()), "sizes": sizes})
 
 
 # ------------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ training, each that it overlaps by IoU > 0.5.  The picture of figures.py `scores
 from typing import NamedTuple
 
 import torch
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import box_iou
+
+from models import class_wise_nms
 
 IOU = 0.5                                    # from which on a detection is of an object
 SCORES = (0.05, 0.1, 0.3, 0.5)               # duplicates are counted from these on
@@ -65,9 +67,7 @@ def scores_by_rank(scores, of, rank, count, wanted):
 def kept_by_nms(picture, threshold):
     """(D,) bool: what NMS, class by class, leaves of the detections of a picture."""
     keep = torch.zeros(len(picture.scores), dtype=torch.bool)
-    # torchvision tells classes apart by moving them, which wants coordinates from 0 on
-    boxes = picture.boxes - picture.boxes.min() if len(picture.boxes) else picture.boxes
-    keep[batched_nms(boxes, picture.scores, picture.labels, threshold)] = True
+    keep[class_wise_nms(picture.boxes, picture.scores, picture.labels, threshold)] = True
     return keep
 
 

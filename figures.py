@@ -103,10 +103,8 @@ def detections_beside_truth(pictures, detections, file, count=12, threshold=0.3)
 
 
 def saved_flags(run):
-    """What a run's args.json holds; None if there is none.  Raises ValueError if it is damaged."""
+    """What a run's args.json holds.  Raises OSError, or ValueError if it is damaged."""
     file = Path(run) / "args.json"
-    if not file.exists():
-        return None
     try:
         flags = json.loads(file.read_text())
         if not {"detector", "assign", "seed"} <= flags.keys():
@@ -119,9 +117,9 @@ def saved_flags(run):
 
 def row_name(run, with_seed=True):
     """A run in the words of Tables 1 and 2, from its args.json; without one, the folder's name."""
-    flags = saved_flags(run)
-    if flags is None:
+    if not (Path(run) / "args.json").exists():
         return Path(run).name
+    flags = saved_flags(run)
     if flags["assign"] == "one-to-many":
         rule = "one-to-many"
     else:
@@ -142,7 +140,8 @@ def titles(runs):
     free = "seed", "out", "versions", "processes", "precision", "device", "keep_checkpoints"
     kinds = {}
     for run in runs:
-        flags = saved_flags(run) or {"folder": str(run)}
+        there = (Path(run) / "args.json").exists()
+        flags = saved_flags(run) if there else {"folder": str(run)}
         kinds[run] = json.dumps({k: v for k, v in flags.items() if k not in free}, sort_keys=True)
     names = {run: row_name(run, with_seed=False) for run in runs}
     for run, name in list(names.items()):    # one name, other flags: the folder tells them apart
@@ -531,7 +530,7 @@ def hero(runs, file, image=None, count=4, threshold=0.2):
     """The same validation pictures, a row a run, all without NMS: many, some, one box an object."""
     sheets = []
     for run in runs:
-        flags = json.loads((Path(run) / "args.json").read_text())
+        flags = saved_flags(run)
         known = data.read(flags, "val")
         pictures = data.Pictures(known, data.Transform())
         several = with_objects(pictures, 3, 5) or with_objects(pictures, 1)

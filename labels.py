@@ -337,9 +337,9 @@ def yolo2coco(folder, out, val_share=None, seed=0):
         raise DataError(f"{folder}: no text file is called like a picture")
 
     # what lies beside the splits and has no text is a preview or the like
-    split = any(splits != ["all"] for splits in splits_by.values())
+    any_split = any(splits != ["all"] for splits in splits_by.values())
     stray = [picture for picture in pictures
-             if split and text_by[picture] is None and splits_by[picture] == ["all"]]
+             if any_split and text_by[picture] is None and splits_by[picture] == ["all"]]
     leave_out(folder, "pictures beside the splits", [picture.name for picture in stray])
     leave_out(folder, "text files without a picture",
               [file.name for file in texts if file not in used])

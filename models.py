@@ -319,10 +319,15 @@ def top_k(boxes, scores, k):
 
 def with_nms(boxes, scores, labels, threshold, k):
     """Class-wise non-maximum suppression, then the k best."""
-    # torchvision tells classes apart by moving them, which wants coordinates from 0 on
-    moved = boxes.float() - boxes.float().min().clamp(max=0) if len(boxes) else boxes.float()
-    keep = batched_nms(moved, scores.float(), labels, threshold)[:k]
+    keep = class_wise_nms(boxes.float(), scores.float(), labels, threshold)[:k]
     return boxes[keep], scores[keep], labels[keep]
+
+
+def class_wise_nms(boxes, scores, labels, threshold):
+    """The numbers of the boxes that are kept, best first, wherever the boxes lie."""
+    if len(boxes):           # torchvision moves classes apart, which wants coordinates from 0 on
+        boxes = boxes - boxes.min().clamp(max=0)
+    return batched_nms(boxes, scores, labels, threshold)
 
 
 def candidate_detections(one, scores, accept, k, nms, per_level=1000):

@@ -369,9 +369,9 @@ def seed_everything(seed):
 
 def random_states(device):
     """The states of every generator that training draws from, as plain values and tensors."""
-    kind, numbers, *rest = np.random.get_state()
+    method, numbers, *rest = np.random.get_state()
     states = {"python": random.getstate(), "torch": torch.get_rng_state(),
-              "numpy": [kind, numbers.tolist(), *rest]}
+              "numpy": [method, numbers.tolist(), *rest]}
     kind = torch.device(device).type
     if kind == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

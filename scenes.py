@@ -203,12 +203,17 @@ def drawn(folder, name):
 
     name: "scenes" or "crowd"
     """
-    try:
-        recipe = json.loads((Path(folder) / "complete.json").read_text())
-    except (OSError, ValueError):
-        return False
+    recipe = completed(Path(folder) / "complete.json")
     version = {"scenes": VERSION, "crowd": CROWD_VERSION}[name]
     return recipe.get("version") == version and recipe.get("set", "scenes") == name
+
+
+def completed(marker):
+    """What a data set's complete.json says; {} if there is none, or it was cut off by a kill."""
+    with contextlib.suppress(OSError, ValueError):
+        said = json.loads(marker.read_text())
+        return said if isinstance(said, dict) else {}
+    return {}
 
 
 def begin(marker, recipe):
@@ -221,13 +226,11 @@ def begin(marker, recipe):
     if marker.exists() and marker.read_text() == recipe:
         return False
 
-    theirs = ""
-    if marker.exists():
-        with contextlib.suppress(ValueError, AttributeError):        # of a write that was killed
-            theirs = json.loads(marker.read_text()).get("set", "scenes")
-    elif not begun.exists() and folder.is_dir() and any(folder.iterdir()):
+    ours, said = json.loads(recipe)["set"], completed(marker)
+    theirs = said.get("set", "scenes") if said else ours
+    if not (marker.exists() or begun.exists()) and folder.is_dir() and any(folder.iterdir()):
         theirs = "other files"
-    if theirs not in ("", json.loads(recipe)["set"]):
+    if theirs != ours:
         raise DataError(f"{folder} holds {theirs}, over which the pictures would be drawn; choose "
                         f"an empty folder, or --data custom for files of your own")
 

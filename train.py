@@ -232,9 +232,9 @@ def kept_steps(flags):
 
 
 def is_due(step, flags):
-    """Whether a checkpoint is written after a step."""
+    """Whether a checkpoint is written after a step; before an evaluation, which takes long."""
     return (step % flags["checkpoint_every"] == 0 or step == flags["steps"]
-            or step in kept_steps(flags))
+            or step in kept_steps(flags) or is_evaluated(step, flags))
 
 
 def is_evaluated(step, flags):
@@ -398,7 +398,7 @@ def train(flags, checkpoint, given, process):
                 values.pop("interrupted")
                 progress.row(done, values, flags["lr"] * lr_factor(step, flags),
                              watch.row(prediction, targets, matches))
-            if is_due(done, flags) or is_evaluated(done, flags) or stop:
+            if is_due(done, flags) or stop:
                 numbers.read()                           # what is not finite is not saved
                 save(done, model, loss, optimizer, flags, classes, watch, process)
             if stop:

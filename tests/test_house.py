@@ -17,8 +17,8 @@ TARGETS = 3                 # names that one tuple gives values to
 
 # one concept a file; a file imports only from the floors below its own
 FLOORS = (
-    "models pictures runs theory duplicates positives ideas coco",
-    "assign queries variants labels detect scenes",
+    "models pictures runs theory positives ideas coco",
+    "assign queries variants labels detect scenes duplicates",
     "losses annotations",
     "data crowd",
     "checkpoints",
