@@ -78,6 +78,19 @@ def nearest(files, other):
     return max(files, key=lambda file: likeness(file, other), default=None)
 
 
+def like_line(line, files, listing):
+    """Of several files with the name that a line of a list ends with, the one that it means.
+
+    It is in the folders that the line gives, else in one called like the list, or near it.
+    """
+    folders = line.strip().replace("\\", "/").split("/")[-2::-1]      # from the last one on
+
+    def meant(file):
+        alike = [a == b for a, b in zip(folders, file.parent.parts[::-1])] + [False]
+        return alike.index(False), listing.stem in file.parts, likeness(file, listing)
+    return max(files, key=meant)
+
+
 def likeness(file, other):
     shared = set(file.parent.parts) & set(other.parent.parts)
     return len(shared), file.parent == other.parent, "image" in file.parent.name.lower()
@@ -240,7 +253,7 @@ def voc_listed(line, xml_of, file):
     last = last_part(line)
     for name in (line, last, Path(last).stem):
         if name in xml_of:
-            return nearest(xml_of[name], file)
+            return like_line(line, xml_of[name], file)
     raise DataError(f"{file}: names {line!r}, but there is no {last}.xml in Annotations")
 
 
@@ -391,19 +404,10 @@ def yolo_lists(texts, pictures):
         if missing:
             raise DataError(f"{file}: names {missing[0]!r}, but there is no picture of that name "
                             f"({len(missing)} of {len(lines)} lines); take such lines out")
-        for picture in dict.fromkeys(yolo_listed(line, named, file) for line in lines):
+        for picture in dict.fromkeys(like_line(line, named[last_part(line)], file)
+                                     for line in lines):
             lists.setdefault(picture, []).append(file.stem)
     return lists, others
-
-
-def yolo_listed(line, named, file):
-    """The picture of a line: of those with its name the one whose path ends most like it."""
-    words = line.strip().replace("\\", "/").split("/")[::-1]
-
-    def ending(picture):
-        alike = [a == b for a, b in zip(words, picture.parts[::-1])] + [False]
-        return alike.index(False), file.stem in picture.parts, likeness(picture, file)
-    return max(named[last_part(line)], key=ending)
 
 
 def yolo_names(folder):

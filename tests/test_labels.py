@@ -298,6 +298,23 @@ def test_a_voc_object_without_a_name_is_named(voc, tmp_path):
         labels.voc2coco(voc, tmp_path / "out")
 
 
+def test_a_voc_list_means_the_file_whose_path_it_gives(tmp_path):
+    """Names repeat in the folders of splits, here without a folder in val's list."""
+    for n, split in enumerate(("train", "val")):
+        for kind in ("Annotations", "JPEGImages"):
+            (tmp_path / "VOC" / kind / split).mkdir(parents=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / "VOC" / "JPEGImages" / split / "a.jpg")
+        (tmp_path / "VOC" / "Annotations" / split / "a.xml").write_text(
+            voc_xml("a", voc_object("dog", (1 + n, 2, 9, 9))))
+    (tmp_path / "VOC" / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "VOC" / "ImageSets" / "Main" / "train.txt").write_text("train/a\n")
+    (tmp_path / "VOC" / "ImageSets" / "Main" / "val.txt").write_text("a\n")
+    written = labels.voc2coco(tmp_path / "VOC", tmp_path / "out")
+    left = {Path(file).name: annotations.read_annotations(file, images).boxes[0, 0].item()
+            for file, images in written.items()}
+    assert left == {"train.json": 1, "val.json": 2}
+
+
 def test_a_voc_box_without_extent_is_carried_over_for_the_check_to_find(voc, tmp_path):
     file = voc / "Annotations" / "a.xml"
     file.write_text(file.read_text().replace("<xmax>25</xmax>", "<xmax>5</xmax>"))
