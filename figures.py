@@ -131,13 +131,17 @@ def row_name(run, with_seed=True):
             rule += flags["location_cost"].replace("predefined", "pre-defined")
         if flags.get("many"):
             rule += f", {flags['many']} beside it by {flags['many_assign']}"
+            if flags["many_weight"] != [1, 1]:
+                rule += ", weighing {:g} to {:g}".format(*flags["many_weight"])
+            rule += ", detached" if flags.get("many_detach") else ""
     seed = f", seed {flags['seed']}" if flags["seed"] and with_seed else ""
     return f"{flags['detector']}, {rule}{seed}"
 
 
 def titles(runs):
     """A title of each run, and what tells it from others but for its seed."""
-    free = "seed", "out", "versions", "processes", "precision", "device", "keep_checkpoints"
+    free = ("seed", "out", "resume", "versions", "processes", "precision", "device",
+            "keep_checkpoints")
     kinds = {}
     for run in runs:
         there = (Path(run) / "args.json").exists()

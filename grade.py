@@ -444,8 +444,8 @@ def main():
         if not args.function:
             parser.error("name a strategy or a cost: my.py:f")
         function = assign.load_strategy(args.function, "grade.py")
-        if args.many and is_cost(function):
-            parser.error("--many takes a strategy, not a cost")
+        if args.many and (is_cost(function) or not args.train):
+            parser.error("--many takes a strategy, not a cost, and goes with --train")
         print("a cost, of two arguments: one and target" if is_cost(function)
               else "a strategy, of one argument: the cost")
         rows = contract(function, args.seed)

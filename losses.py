@@ -315,12 +315,12 @@ def row(flags):
     cost, _, loss = ROWS["one-to-one"]
     lambdas = {name: flags[name] for name in ("lambda_l1", "lambda_iou")}
     predefined = flags.get("location_cost") == "predefined"
-    if flags.get("cost"):
-        cost = ideas.load("--cost", flags["cost"])
-    elif flags["assign"] == "one-to-many-iou":   # these two rules judge what they were made for
+    if flags["assign"] == "one-to-many-iou":     # these two rules judge what they were made for
         cost = assign.anchor_iou_cost if predefined else assign.predicted_iou_cost
     elif flags["assign"] == "one-to-many-points":
         cost = assign.fcos_area_cost
+    elif flags.get("cost"):
+        cost = ideas.load("--cost", flags["cost"])
     else:
         location = PREDEFINED[flags["detector"]] if predefined else assign.predicted_location
         cost = functools.partial(cost, location=functools.partial(location, **lambdas),

@@ -116,13 +116,12 @@ class Silhouettes:
 class Watch:
     """The columns of a run.  Remembers the positives of its first PICTURES pictures.
 
-    strategy, say: what breaks the strategy's contract is said, once, by say(words)
+    strategies, say: what breaks the contract of a branch's strategy is said, once, by say(words)
     """
 
-    def __init__(self, silhouettes=None, strategy=None, say=print):
-        self.silhouettes, self.say, self.said = silhouettes, say, set()
-        self.name = getattr(strategy, "__name__", "assign")
-        self.shares = getattr(strategy, "shares_predictions", False)
+    def __init__(self, silhouettes=None, strategies=(), say=print):
+        self.silhouettes, self.strategies = silhouettes, strategies
+        self.say, self.said = say, set()
         # by image id and number of the object [x, y, stride]; and, since the last row, how many
         # positives moved and how many were compared
         self.state = {"seen": {}, "moved": 0, "compared": 0}
@@ -194,16 +193,24 @@ class Watch:
         if sum(map(len, agreement)):
             values["agreed"] = 100 * torch.cat(agreement).float().mean().item()
         self.state.update(moved=0, compared=0)
-        if objects and not sum(map(len, place)):
-            self.warn(f"{self.name} gives no positive sample to any of the {objects} objects of a "
-                      f"batch: nothing is learned from them")
-        if shared and not self.shares:
-            self.warn(f"{self.name} gives a prediction to more than one object; if that is meant, "
-                      f"set {self.name}.shares_predictions = True")
+        branches = [matches[0]]
+        branches += [m for aux, m in zip(prediction.aux, matches[1:]) if aux.second][:1]
+        for strategy, of_images in zip(self.strategies, branches):
+            self.check(getattr(strategy, "__name__", "top_k"), strategy, of_images, objects)
         return {name: values.get(name) for name in COLUMNS}
 
-    def warn(self, words):
-        kind = words[:len(self.name) + 20]
-        if kind not in self.said:
-            self.say(f"warning: {words}")
-            self.said.add(kind)
+    def check(self, name, strategy, matches, objects):
+        """Warns of a strategy that gave nothing, or a prediction twice without saying so."""
+        chosen = [match.prediction for match in matches]
+        if objects and not sum(map(len, chosen)):
+            self.warn(name, "no", f"gives no positive sample to any of the {objects} objects of a "
+                      f"batch: nothing is learned from them")
+        shares = getattr(strategy, "shares_predictions", False)
+        if not shares and any(len(q.unique()) < len(q) for q in chosen):
+            self.warn(name, "twice", f"gives a prediction to more than one object; if that is "
+                      f"meant, set {name}.shares_predictions = True")
+
+    def warn(self, name, kind, words):
+        if (name, kind) not in self.said:
+            self.say(f"warning: {name} {words}")
+            self.said.add((name, kind))

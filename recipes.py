@@ -421,7 +421,7 @@ def not_concerned(name, flags):
     """Why a flag has nothing to say in a run of these flags, in words; "" if it has."""
     detector, one_to_many = flags["detector"], flags["assign"] == "one-to-many"
     if (name in ("many", *OF_MANY) and flags["assign"] in
-            ("one-to-many", "one-to-many-iou", "one-to-many-points")):
+            ("one-to-many", "one-to-many-iou", "one-to-many-points", "top-k")):
         return f"does not concern --assign {flags['assign']}, which is one-to-many already"
     if name in OPTIONS and name not in options_of(detector, one_to_many):
         fits = [d for d in NAMES if name in options_of(d)]
@@ -438,8 +438,8 @@ def not_concerned(name, flags):
     if flags.get("cost") and name in ("class_cost", "location_cost"):
         return f"does not concern --cost {flags['cost']}, which is the whole cost"
     rule = flags["assign"]
-    if (rule == "one-to-many-points" and name in ("class_cost", "location_cost")
-            or rule == "one-to-many-iou" and name == "class_cost"):
+    if (rule == "one-to-many-points" and name in ("cost", "class_cost", "location_cost")
+            or rule == "one-to-many-iou" and name in ("cost", "class_cost")):
         judged = "the area of boxes around points" if "points" in rule else "IoU alone"
         return f"does not concern --assign {rule}, which judges {judged}"
     if name == "momentum" and flags["optimizer"] != "sgd":

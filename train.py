@@ -340,7 +340,7 @@ def train(flags, checkpoint, given, process):
     # Folder, what is watched (Section 3.4), and batches:
     log, eval_log = open_folder(flags, checkpoint, given, train_pictures, process)
     silhouettes = Silhouettes(classes.json_file) if flags["data"] == "scenes" else None
-    watch = Watch(silhouettes, strategy, process.say)
+    watch = Watch(silhouettes, [strategy, many[1]] if many else [strategy], process.say)
     first_step = checkpoint["step"] if checkpoint else 0
     batches = iter(data.loader(train_pictures, data.training_batches(
         classes, flags["batch_size"], flags["seed"], first_step, process.rank, process.world,

@@ -1,15 +1,23 @@
 """A second branch in training (--many): K positives an object beside the one, for the features."""
+import csv
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import assign
 import checkpoints
+import claims
 import convert
+import figures
 import losses
+import models
 import recipes
 import train
+
+ROOT = Path(__file__).parent.parent
 
 OPTIONS = {"retinanet": {"width": 16, "depth": 1, "extra_levels": 0, "anchor_scales": 1},
            "centernet": {"neck_widths": (16, 16), "deform": False},
@@ -160,14 +168,24 @@ def test_a_second_group_of_queries_learns_beside_the_first_unseen_by_it(name):
     assert_second_group_pays(loss, prediction, targets, matches, terms, K)
     sum(terms.values()).backward()
     assert all(twin.weight.grad.any() for twin in model.twins)
-    for twin in model.twins:
-        twin.weight.data.fill_(float("nan"))
-    assert not model.eval()(images, mask).logits.isnan().any()
+    inference = model.eval()(images, mask)
+    assert len(inference.aux) == 1                               # of the first group alone
+    assert not any(layer.second for layer in inference.aux)
+
+
+def test_proposals_of_the_second_group_start_as_the_whole_picture():
+    model = checkpoints.build("sparse-rcnn", 3, "tiny", **QUERIES["sparse-rcnn"], many=2)
+    whole = torch.tensor([0.5, 0.5, 1.0, 1.0])
+    assert all((boxes.weight == whole).all() for boxes in (model.boxes, model.twins[0]))
 
 
 def test_another_rule_brings_its_own_cost():
     flags = {**FLAGS, "detector": "fcos", "many": 3, "many_assign": "one-to-many-points"}
     assert losses.many_row(flags) == (assign.fcos_area_cost, assign.one_to_many_points)
+    # also beside a cost of one's own, which the other branch keeps
+    own = {**flags, "cost": f"{Path(__file__).with_name('solutions.py')}:location_only"}
+    assert losses.many_row(own) == losses.many_row(flags)
+    assert losses.row(own).cost.__name__ == "location_only"
     assert losses.many_row({**FLAGS, "detector": "fcos", "many": 0}) is None
 
 
@@ -189,6 +207,9 @@ def test_another_rule_brings_its_own_cost():
      "--many-assign one-to-many-iou with --location-cost predefined"),
     ("--many 3 --many-assign one-to-many", "--many-assign one-to-many: the original rules are"),
     ("--many 3 --freeze location --init last.pt", "give one of them"),
+    ("--assign top-k --many 3", "--many does not concern --assign top-k, which is one-to-many"),
+    ("--assign one-to-many-points --cost my.py:f", "--cost does not concern --assign one-to-many"),
+    ("--assign one-to-many-iou --cost my.py:f", "--cost does not concern --assign one-to-many-iou"),
 ])
 def test_it_is_refused_where_it_has_nothing_to_say(words, sentence):
     with pytest.raises(recipes.UsageError, match=sentence):
@@ -199,7 +220,7 @@ def test_it_is_refused_where_it_has_nothing_to_say(words, sentence):
 RULES = "hungarian", "min-cost", "one-to-many-iou", "one-to-many-points", "top-k"
 
 
-@pytest.mark.parametrize("rule", ["hungarian", "min-cost", "top-k"])
+@pytest.mark.parametrize("rule", ["hungarian", "min-cost"])
 @pytest.mark.parametrize("many_assign", RULES)
 def test_every_pair_of_rules_makes_a_row(rule, many_assign):
     words = f"--assign {rule} --many 3 --many-assign {many_assign}"
@@ -210,7 +231,10 @@ def test_every_pair_of_rules_makes_a_row(rule, many_assign):
     first = losses.row(flags)
     matches = assign.match(prediction, targets, first.cost, first.strategy,
                            second=(cost, strategy))
-    assert len(matches) == 2
+    alone = assign.match(dataclasses.replace(prediction.aux[0], second=False), targets, cost,
+                         strategy)
+    for n, m in enumerate(matches[1]):
+        assert m.prediction.tolist() == alone[0][n].prediction.tolist()
 
 
 def test_twins_start_as_copies_of_what_init_loads(tmp_path):
@@ -263,6 +287,59 @@ def test_it_trains_and_its_checkpoint_detects_without_it(tiny_scenes, tmp_path, 
     for parameter in model.twins.parameters():
         parameter.data.fill_(float("nan"))
     assert all(torch.equal(a, b) for a, b in zip(before, model.detect(picture)))
+
+
+def logged(command, folder, words):
+    """The rows of log.csv of a short run."""
+    code, _, error = command(train, *words.split(), "--out", str(folder), "--log-every", "1")
+    assert code == 0, error
+    return list(csv.DictReader(open(folder / "log.csv")))
+
+
+def test_the_weight_acts_in_training(tiny_scenes, tmp_path, command):
+    """Of two runs that differ in it alone the first step's loss differs by the second branch's."""
+    common = f"--data-dir {tiny_scenes} --steps 2 --batch-size 4 --width 16 --depth 1"
+    none, one, two, falls = (
+        [float(row["loss"]) for row in logged(command, tmp_path / name, f"{common} {words}")]
+        for name, words in (("none", ""), ("one", "--many 3"),
+                            ("two", "--many 3 --many-weight 2 2"),
+                            ("falls", "--many 3 --many-weight 2 0")))
+    assert none[0] < one[0]
+    assert two[0] - none[0] == pytest.approx(2 * (one[0] - none[0]), rel=1e-3)
+    assert falls[0] == two[0] and falls[1] < two[1]              # 2, then 1
+
+
+def test_the_strategy_of_the_second_branch_is_told_the_progress(tiny_scenes, tmp_path, command):
+    my = tmp_path / "my.py"
+    my.write_text("import assign\ndef f(cost, progress):\n"
+                  f"    open({str(tmp_path / 'told')!r}, 'a').write(f'{{progress}} ')\n"
+                  "    return assign.top_k(cost, 2)\n")
+    logged(command, tmp_path / "run", f"--data-dir {tiny_scenes} --steps 2 --batch-size 4 --many 3 "
+           f"--width 16 --depth 1 --many-assign {my}:f")
+    assert {float(word) for word in (tmp_path / "told").read_text().split()} >= {0.0, 0.5}
+
+
+def test_detaching_acts_in_training(tiny_scenes, tmp_path, command):
+    """Where the second branch weighs nothing, features in front of detached layers stay."""
+    start = models.Tiny()
+    checkpoints.load_backbone(start, str(ROOT / "tiny.pt"))
+    for words, stays in (("--many-detach", True), ("", False)):
+        logged(command, tmp_path / f"run{words}", f"--data-dir {tiny_scenes} --steps 1 --width 16 "
+               f"--batch-size 4 --depth 1 --many 3 --many-weight 0 0 --weight-decay 0 {words}")
+        model, _ = checkpoints.load(tmp_path / f"run{words}")
+        same = [torch.equal(*pair) for pair in zip(start.parameters(), model.backbone.parameters())]
+        assert all(same) if stays else not any(same)
+
+
+def test_every_row_of_its_table_has_a_folder_and_a_name_of_its_own(tmp_path):
+    names, titles = set(), set()
+    rows = [words for words in claims.FLAGS.values() if "--many " in words]
+    for words in rows:
+        flags, _ = recipes.effective_flags(vars(recipes.make_parser().parse_args(words.split())))
+        names.add(recipes.run_name(flags))
+        (tmp_path / "args.json").write_text(json.dumps(flags))
+        titles.add(figures.row_name(tmp_path))
+    assert len(rows) == len(names) == len(titles) == 6
 
 
 def test_an_exported_program_does_not_carry_the_branch():

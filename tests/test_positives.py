@@ -158,7 +158,7 @@ def test_pictures_without_objects_leave_the_columns_empty():
 
 def test_what_breaks_the_contract_is_said_once():
     said = []
-    watch = positives.Watch(strategy=lambda cost: None, say=said.append)
+    watch = positives.Watch(strategies=[lambda cost: None], say=said.append)
     objects, prediction = target([[0, 0, 50, 50], [50, 50, 99, 99]], [0, 0]), points([[10, 10]])
     for _ in range(2):
         assert watch.row(prediction, [objects], [[match([], [])]])["positives"] == 0
@@ -166,3 +166,19 @@ def test_what_breaks_the_contract_is_said_once():
     assert len(said) == 2
     assert "no positive sample to any of the 2 objects" in said[0]
     assert "more than one object" in said[1] and "shares_predictions" in said[1]
+
+
+def test_what_breaks_the_contract_in_the_second_branch_is_said_too():
+    def second(cost):
+        raise AssertionError
+
+    said = []
+    watch = positives.Watch(strategies=[lambda cost: None, second], say=said.append)
+    objects = target([[0, 0, 50, 50], [50, 50, 99, 99]], [0, 0])
+    prediction = Prediction(torch.zeros(1, 2, 1), torch.zeros(1, 2, 4))          # of queries
+    prediction.aux = [dataclasses.replace(prediction), dataclasses.replace(prediction, second=True)]
+    good = [match([0, 1], [0, 1])]
+    for broken in (match([], []), match([0, 0], [0, 1]), match([0, 0], [0, 1])):
+        watch.row(prediction, [objects], [good, [match([], [])], [broken]])
+    assert len(said) == 2 and all(words.startswith("warning: second gives") for words in said)
+    assert "no positive sample" in said[0] and "shares_predictions" in said[1]
