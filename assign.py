@@ -185,10 +185,14 @@ def hungarian(cost):
     cheapest = cost[:Q - Q % groups].reshape(-1, groups, G).amin(0)          # (groups, G)
     bound = cheapest.topk(min(groups, G), dim=0, largest=False).values[-1]   # (G,)
     bound = bound.clamp(max=torch.finfo(cost.dtype).max)                     # inf is forbidden
-    q, g = (cost <= bound).nonzero().unbind(1)
+    few = (cost <= bound).flatten()
+    # numpy finds them in a fifth of PyTorch's time, but on the host alone
+    at = (torch.from_numpy(np.flatnonzero(few.numpy())) if cost.device.type == "cpu"
+          else few.nonzero()[:, 0])
 
     # One copy to the host; float32 holds row numbers exactly up to 2^24.  scipy wants float64,
     # which Apple's GPUs do not know: it is made on the host.
+    q, g = at // G, at % G
     values, q, g = torch.stack([cost[q, g], q.to(cost), g.to(cost)]).cpu().double().numpy()
     used, column = np.unique(q.astype(int), return_inverse=True)
 
