@@ -7,7 +7,7 @@ The last, "many", is of what came after the paper: dual assignment.
     python tables.py 1 2 --detectors fcos               the rows of both in one table
     python tables.py 3                                  crowds
     python tables.py many                               dual assignment
-    python tables.py 2 --collect --readme docs/results.md   only what is there, into a page
+    python tables.py 2 --collect --readme PAGE.md       only what is there, into a page
     python tables.py 2 -- --steps 400                   what stands after -- goes to every row
 
 A finished run is not trained again, and after Ctrl-C the same command goes on.  A run's folder, in
@@ -234,7 +234,11 @@ def run(args, extra):
     print(f"{text}\nwrote {name}.md and .csv")
     for folder, error in failed.items():
         print(f"tables.py: {folder}: {error}", file=sys.stderr)
-    if page and not failed:
+    empty = [f"{NAMES[detector]}, {rule}" for (detector, rule), row in ours.items() if not row]
+    if page and not failed and empty:        # what stands there may have been measured
+        print(f"tables.py: {args.readme} is left as it is, for {args.out} holds no run of "
+              f"{'; '.join(empty)}", file=sys.stderr)
+    elif page and not failed:
         Path(args.readme).write_text(text.join(page))
         print(f"rewrote table {key} in {args.readme}")
     return 2 if failed else 0 if all(holds for holds, _ in judged) and not missing else 1

@@ -233,6 +233,17 @@ def test_only_what_stands_between_the_marks_is_rewritten(collected, tmp_path):
                         f"<!-- table 2 -->\n{table}<!-- end of table 2 -->\nafter\n")
 
 
+def test_a_page_is_not_emptied_of_a_row_that_has_no_run(tmp_path, command):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table 1 -->\nmeasured\n<!-- end of table 1 -->\n")
+    before = page.read_text()
+    made_up(tmp_path, "fcos", O2M, 0, {"AP": (20, 70), "AP50": (30, 95)})
+    code, said, error = command(tables, "1", "--detectors", "fcos", "--collect", "--out", tmp_path,
+                                "--readme", page)
+    assert code == 1 and page.read_text() == before and "rewrote" not in said
+    assert f"{page} is left as it is" in error and f"FCOS, {E2E}" in error and O2M not in error
+
+
 # ------------------------------------------------------------------------------------------------
 # rows that train
 # ------------------------------------------------------------------------------------------------
