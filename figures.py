@@ -131,8 +131,8 @@ def row_name(run, with_seed=True):
             rule += flags["location_cost"].replace("predefined", "pre-defined")
         if flags.get("many"):
             rule += f", {flags['many']} beside it by {flags['many_assign']}"
-            if flags["many_weight"] != [1, 1]:
-                rule += ", weighing {:g} to {:g}".format(*flags["many_weight"])
+            weight = flags.get("many_weight", [1, 1])            # older runs have none
+            rule += ", weighing {:g} to {:g}".format(*weight) if weight != [1, 1] else ""
             rule += ", detached" if flags.get("many_detach") else ""
     seed = f", seed {flags['seed']}" if flags["seed"] and with_seed else ""
     return f"{flags['detector']}, {rule}{seed}"
