@@ -70,6 +70,11 @@ def agreed(second, target, match, second_match):
     return (same & best).any(1)
 
 
+def shared(matches):
+    """How often a prediction of a batch is the positive of an object beside its first."""
+    return sum(len(m.prediction) - len(m.prediction.unique()) for m in matches)
+
+
 def places(prediction, target, match):
     """Where the positives lie: (K, 3), x, y and stride of their candidates in the original picture.
 
@@ -164,11 +169,9 @@ class Watch:
         agreement = []
         # dense detectors: the same candidates; the two groups of queries have none in common
         second = prediction.candidates is not None and any(aux.second for aux in prediction.aux)
-        shared = 0
         objects = sum(len(target["boxes"]) for target in targets)
         for n, (target, match) in enumerate(zip(targets, matches[0])):
             one = prediction.image(n)
-            shared += len(match.prediction) - len(match.prediction.unique())
             if len(target["boxes"]):
                 gaps.append(score_gaps(one, target))
                 place.append(ranks(one, target, match))
@@ -185,7 +188,7 @@ class Watch:
                   "rank": torch.cat(place).float().median().item() if sum(map(len, place))
                   else None,
                   "positives": sum(map(len, place)) / objects if objects else None,
-                  "shared": shared if objects else None}
+                  "shared": shared(matches[0]) if objects else None}
         if self.state["compared"]:
             values["moved"] = 100 * self.state["moved"] / self.state["compared"]
         if sum(map(len, on_object)):
@@ -201,12 +204,10 @@ class Watch:
 
     def check(self, name, strategy, matches, objects):
         """Warns of a strategy that gave nothing, or a prediction twice without saying so."""
-        chosen = [match.prediction for match in matches]
-        if objects and not sum(map(len, chosen)):
+        if objects and not any(len(match.prediction) for match in matches):
             self.warn(name, "no", f"gives no positive sample to any of the {objects} objects of a "
                       f"batch: nothing is learned from them")
-        shares = getattr(strategy, "shares_predictions", False)
-        if not shares and any(len(q.unique()) < len(q) for q in chosen):
+        if not getattr(strategy, "shares_predictions", False) and shared(matches):
             self.warn(name, "twice", f"gives a prediction to more than one object; if that is "
                       f"meant, set {name}.shares_predictions = True")
 

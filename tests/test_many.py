@@ -171,6 +171,9 @@ def test_a_second_group_of_queries_learns_beside_the_first_unseen_by_it(name):
     inference = model.eval()(images, mask)
     assert len(inference.aux) == 1                               # of the first group alone
     assert not any(layer.second for layer in inference.aux)
+    for twin in model.twins:
+        twin.weight.data.fill_(float("nan"))
+    assert not model(images, mask).logits.isnan().any()
 
 
 def test_proposals_of_the_second_group_start_as_the_whole_picture():
@@ -231,6 +234,7 @@ def test_every_pair_of_rules_makes_a_row(rule, many_assign):
     first = losses.row(flags)
     matches = assign.match(prediction, targets, first.cost, first.strategy,
                            second=(cost, strategy))
+    assert len(matches) == 2
     alone = assign.match(dataclasses.replace(prediction.aux[0], second=False), targets, cost,
                          strategy)
     for n, m in enumerate(matches[1]):
