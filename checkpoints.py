@@ -13,6 +13,7 @@ A checkpoint of train.py is a dict of plain values and tensors:
 """
 import contextlib
 import functools
+import hashlib
 import io
 import os
 import re
@@ -252,6 +253,12 @@ def backbone_file(weights):
     """The file that --backbone-weights names; one that is not there may lie beside the code."""
     beside = Path(__file__).parent / weights             # tiny.pt, whatever folder one works in
     return beside if beside.is_file() and not Path(weights).is_file() else Path(weights)
+
+
+def backbone_digest(weights):
+    """The SHA-256 of that file, which tells one from another of its name; None where it is none."""
+    file = backbone_file(weights)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def load_backbone(backbone, weights):

@@ -5,8 +5,9 @@ The paper's detectors start from a network that can tell a thousand kinds of thi
 knows nothing of detection, nor of which prediction is whose.  Its pictures are no row's: the rows
 train and validate on scenes of seed 0, this file draws those of seed 1.
 
-    python pretrain.py --out tiny.pt          the file that ships with the repository
-    python train.py --backbone-weights tiny.pt
+    python pretrain.py --out tiny.pt
+
+is how the file was made that ships with the repository, and from which all small recipes start.
 """
 import argparse
 import hashlib
@@ -138,8 +139,8 @@ def save(model, file):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="tiny.pt", metavar="FILE",
-                        help="where to write the backbone (default: tiny.pt)")
+    parser.add_argument("--out", required=True, metavar="FILE",
+                        help="where to write the backbone; all small recipes start from tiny.pt")
     parser.add_argument("--steps", type=runs.at_least(1), default=2500, metavar="N",
                         help="optimiser steps (default 2500)")
     parser.add_argument("--batch-size", type=runs.at_least(1), default=64, metavar="N",

@@ -107,7 +107,8 @@ RECIPES = {
         "detr": {**SMALL["detr"], "queries": 20, "steps": 8000},
         "deformable-detr": {**SMALL["deformable-detr"], "queries": 20, "levels": 2, "steps": 1200,
                             "lr": 1e-3},
-        "sparse-rcnn": {**SMALL["sparse-rcnn"], "width": 64, "queries": 16, "steps": 4000},
+        "sparse-rcnn": {**SMALL["sparse-rcnn"], "width": 64, "queries": 16, "steps": 4000,
+                        "lr": 1e-3},
     },
     # for a few hundred photographs on the same machine; a GPU wants --backbone resnet50
     # --backbone-weights imagenet

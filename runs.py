@@ -496,6 +496,7 @@ def finished(folder):
         row = last_row(files[2])
         # killed between the row and the figures, these are of an earlier step
         same = row and abs(float(row["AP50"]) - figures["AP50"]) < 1e-3
+        same = same and abs(float(row["AP50_nms"]) - figures["nms"]["AP50"]) < 1e-3
         return (flags, figures) if same and int(row["step"]) == flags["steps"] else None
     except (ValueError, TypeError, KeyError) as error:
         raise RunError(f"{folder}: args.json, metrics.json or eval.csv cannot be read ({error!r}); "
@@ -506,15 +507,17 @@ class Sitting:
     """A training command under way: its output goes to FOLDER/output.txt, its time to minutes.txt.
 
     words: the command   steps: of the whole run   threads: how many it may use
+    Raises RunError if another run is at work in the folder.
     """
 
     def __init__(self, folder, words, steps, threads):
         self.folder, self.steps = Path(folder), steps
         self.threads, self.began = threads, time.time()
+        with held(self.folder, Process(0, 1, "cpu"), patience=0):
+            if not (self.folder / "last.pt").exists():   # what an attempt left is not this run's
+                for name in ("output.txt", "minutes.txt", "log.csv"):
+                    (self.folder / name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "last.pt").exists():       # what an attempt left is not this run's
-            for name in ("output.txt", "minutes.txt", "log.csv"):
-                (self.folder / name).unlink(missing_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with open(self.folder / "output.txt", "a") as output:
             self.process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT,
@@ -543,10 +546,14 @@ class Sitting:
 
 
 def sittings(folder):
-    """[(minutes, setting of the threads)] of a run that `side_by_side` trained."""
+    """[(minutes, setting of the threads)] of what `side_by_side` trained.  Raises RunError."""
     file = Path(folder) / "minutes.txt"
     rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-    return [(float(minutes), threads) for minutes, threads in rows]
+    try:
+        return [(float(minutes), threads) for minutes, threads in rows]
+    except ValueError as error:
+        raise RunError(f"{file}: each line has minutes and OMP_NUM_THREADS=N ({error}); remove the "
+                       f"line") from error
 
 
 def side_by_side(commands, jobs):
@@ -562,7 +569,10 @@ def side_by_side(commands, jobs):
         while waiting or running:
             while waiting and len(running) < jobs:
                 folder, (words, steps) = waiting.pop(0)
-                running.append(Sitting(folder, words, steps, threads))
+                try:
+                    running.append(Sitting(folder, words, steps, threads))
+                except RunError as error:                # at work for another call of this
+                    failed[folder] = str(error)
             time.sleep(0.2)
 
             for sitting in [s for s in running if s.is_over()]:

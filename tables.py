@@ -17,12 +17,15 @@ statements hold, 1 one does not or a row is missing, 2 a row failed or the comma
 import argparse
 import contextlib
 import csv
+import re
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import annotations
+import checkpoints
 import claims
 import crowd
 import data
@@ -38,6 +41,7 @@ class Run(NamedTuple):
     folder: Path
     words: list                 # for train.py
     flags: dict                 # in force
+    plain: dict                 # in force without what stands after --
 
 
 def plan(args, extra):
@@ -52,30 +56,46 @@ def plan(args, extra):
     for detector, rule in rows:
         for seed in args.seeds:
             words = ["--data", args.data, "--detector", detector, *FLAGS[rule].split(), "--seed",
-                     str(seed), *extra]
-            flags, _ = recipes.effective_flags(vars(parser.parse_args(words)))
+                     str(seed)]
+            plain, flags = (recipes.effective_flags(vars(parser.parse_args(given)))[0]
+                            for given in (words, words + extra))
             recipes.check_flags(flags, 1)
             folder = Path(args.out) / f"{recipes.run_name(flags)}-seed{seed}"
-            planned.append(Run((detector, rule), folder, words, flags))
+            planned.append(Run((detector, rule), folder, words + extra, flags, plain))
     return planned
 
 
-def numbers_of(run):
-    """{name: number} of a finished run, else None.  Raises UsageError if it is another row's."""
-    saved, found = runs.finished(run.folder) or (None, None)
-    if not saved:
-        return None
-    changed = [f"{recipes.flag(name)} (was {saved.get(name)}, now {value})"
-               for name, value in run.flags.items() if name not in recipes.FREE_ON_RESUME
-               # a flag that there was not yet had its default
-               and value not in (saved.get(name, value), "auto")]
+def check_row(run, saved):
+    """That a finished run is the one that is planned.  saved: its args.json.  Raises UsageError."""
+    known = vars(recipes.make_parser().parse_args([]))
+    # a flag that there was not yet had the row's value
+    flags = [(recipes.flag(name), saved.get(name, run.plain.get(name)), run.flags.get(name))
+             for name in known if name not in recipes.FREE_ON_RESUME]
+    weights = "backbone_weights_sha256"
+    now = checkpoints.backbone_digest(run.flags["backbone_weights"])
+    flags.append((weights, saved["versions"].get(weights, now), now))
+    changed = [f"{name} (was {was}, now {now})" for name, was, now in flags
+               if now not in (was, "auto")]
     if changed:
         raise UsageError(f"the folder holds a run of other flags, {', '.join(changed)}; give its "
                          f"flags after --, or choose another --out")
-    numbers = {"minutes": sum(m for m, _ in runs.sittings(run.folder)) or None}
+
+
+def numbers_of(run):
+    """{name: number} of a finished run, and by what it was trained; else None.
+
+    Raises UsageError if it is another row's, and RunError.
+    """
+    saved, found = runs.finished(run.folder) or (None, None)
+    if not saved:
+        return None
+    check_row(run, saved)
+    sittings = runs.sittings(run.folder)
+    numbers = {"minutes": sum(minutes for minutes, _ in sittings) or None}
     for name in [name for name in ("AP", "AP50", "mMR", "recall", "JI") if name in found]:
         numbers.update({name: found[name], f"{name}+NMS": found["nms"][name]})
-    return claims.with_gains(numbers)
+    made_by = [f"PyTorch {saved['versions'].get('torch')}", saved["precision"]]
+    return claims.with_gains(numbers), ", ".join(made_by + sorted({how for _, how in sittings}))
 
 
 def train_missing(planned, jobs):
@@ -95,16 +115,19 @@ def train_missing(planned, jobs):
 
 
 def collect(planned, failed):
-    """{(detector, rule): {name: Figure}} of what is there, and the folders of what is not."""
-    found, missing = {run.row: [] for run in planned}, []
+    """{(detector, rule): {name: Figure}} of what is there, the folders of what is not, and of the
+    former how many were trained by what, {words: runs}."""
+    found, missing, makers = {run.row: [] for run in planned}, [], Counter()
     for run in planned:
-        numbers = None
+        known = None
         try:
-            numbers = numbers_of(run)
+            known = numbers_of(run)
         except (UsageError, RunError) as error:                      # of other flags, damaged
             failed.setdefault(run.folder, error)
-        if numbers:
+        if known:
+            numbers, made_by = known
             found[run.row].append(numbers)
+            makers[made_by] += 1
         else:
             missing.append(run.folder)
 
@@ -112,7 +135,7 @@ def collect(planned, failed):
     for row, there in found.items():
         columns = {name: [numbers[name] for numbers in there] for name in (there or [{}])[0]}
         table[row] = {name: claims.over_seeds(c) for name, c in columns.items() if None not in c}
-    return table, missing
+    return table, missing, makers
 
 
 def boxes_recall(args, flags):
@@ -159,14 +182,37 @@ def markdown(table):
 
 
 def split_page(file, key):
-    """The text of a page before and after its table.  Raises UsageError."""
+    """The text of a page before its table, the table, the text after it.  Raises UsageError."""
     text = Path(file).read_text()
     start, end = f"<!-- table {key} -->\n", f"<!-- end of table {key} -->"
     head, _, rest = text.partition(start)
-    _, mark, tail = rest.partition(end)
+    table, mark, tail = rest.partition(end)
     if not mark:
         raise UsageError(f"{file} does not hold the lines {start.strip()} and {end}")
-    return head + start, mark + tail
+    return head + start, table, mark + tail
+
+
+def held(table):
+    """The rows (their flags) and the seeds of a table in a page."""
+    rows = re.findall(r"^\| (`-.*?`|no flag) ", table, re.MULTILINE)
+    seeds = re.search(r"^\* Trained on \w+, seeds ([\d, ]*\d)", table, re.MULTILINE)
+    return {*rows, *(f"seed {seed}" for seed in (seeds[1].split(", ") if seeds else ()))}
+
+
+def rewrite(file, key, text, empty):
+    """Puts the table into its page, unless something that was measured would go; tells which.
+
+    The page is read anew: training took hours.  empty: the rows that have no run
+    """
+    head, before, tail = split_page(file, key)
+    gone = sorted(held(before) - held(text))
+    why = [f"no run of {'; '.join(empty)}"] * bool(empty)
+    why += [f"nothing of {', '.join(gone)}, which stands there"] * bool(gone)
+    if why:
+        print(f"tables.py: {file} is left as it is: there is {' and '.join(why)}", file=sys.stderr)
+    else:
+        runs.write_whole(file, (head + text + tail).encode())
+        print(f"rewrote table {key} in {file}")
 
 
 def read_command(words):
@@ -205,16 +251,17 @@ def read_command(words):
 def run(args, extra):
     """Trains, collects, tells.  Returns the exit code."""
     key, planned = " ".join(args.tables), plan(args, extra)
-    page = split_page(args.readme, key) if args.readme else None
+    if args.readme:
+        split_page(args.readme, key)         # what is wrong is told before anything is trained
     Path(args.out).mkdir(parents=True, exist_ok=True)
     failed = {} if args.collect else train_missing(planned, args.jobs)
-    ours, missing = collect(planned, failed)
+    ours, missing, makers = collect(planned, failed)
 
     # beside the table: how it was made, what the paper says of it
-    threads = {words for run in planned for _, words in runs.sittings(run.folder)}
     spread = ": means, ± half the range; verdicts are about means" if args.seeds[1:] else ""
     told = [f"Trained on {args.data}, seeds {', '.join(map(str, args.seeds))}{spread}.  Gain: "
-            f"what NMS adds.  Minutes: of a run ({', '.join(sorted(threads)) or 'not known'})."]
+            f"what the row's own NMS adds.  Minutes: of a run."
+            + "".join(f"  {count} by {made_by}." for made_by, count in sorted(makers.items()))]
     if key == "3":
         boxes = boxes_recall(args, planned[0].flags)
         ours.update({(detector, BOXES): boxes for detector in args.detectors if boxes})
@@ -235,12 +282,8 @@ def run(args, extra):
     for folder, error in failed.items():
         print(f"tables.py: {folder}: {error}", file=sys.stderr)
     empty = [f"{NAMES[detector]}, {rule}" for (detector, rule), row in ours.items() if not row]
-    if page and not failed and empty:        # what stands there may have been measured
-        print(f"tables.py: {args.readme} is left as it is, for {args.out} holds no run of "
-              f"{'; '.join(empty)}", file=sys.stderr)
-    elif page and not failed:
-        Path(args.readme).write_text(text.join(page))
-        print(f"rewrote table {key} in {args.readme}")
+    if args.readme and not failed:
+        rewrite(args.readme, key, text, empty)
     return 2 if failed else 0 if all(holds for holds, _ in judged) and not missing else 1
 
 

@@ -300,9 +300,8 @@ def open_folder(flags, checkpoint, given, train_pictures, process):
     out.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "torchvision": torchvision.__version__}
-    weights = checkpoints.backbone_file(flags["backbone_weights"])
-    if weights.is_file():
-        versions["backbone_weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if of_backbone := checkpoints.backbone_digest(flags["backbone_weights"]):
+        versions["backbone_weights_sha256"] = of_backbone
     runs.write_json(out / "args.json",
                     {**flags, "versions": versions, "processes": process.world}, indent=1)
     if not checkpoint:
