@@ -4,7 +4,8 @@ The paper's argument (Section 3.4, Figure 6) turns on objects whose box centre i
 recognise them: the grid point nearest to the centre of a giraffe's box may lie on the grass between
 its legs.  So a creature here is a body (one of six kinds) with one or two jointed limbs; its box
 holds body and limbs, and the centre of the box often lies on background.  Such a candidate looks
-like its neighbours, a detector told to single it out cannot, and duplicates follow.
+like its neighbours, a detector told to single it out cannot, and duplicates follow, says the paper;
+docs/why.md tells what of that was found here.
 
     python scenes.py --out data/scenes              draw 8,000 + 500 pictures (the default data set)
     python scenes.py --show sheet.png               look at them first
