@@ -73,7 +73,7 @@ def check_row(run, saved):
              for name in known if name not in recipes.FREE_ON_RESUME]
     weights = "backbone_weights_sha256"
     now = checkpoints.backbone_digest(run.flags["backbone_weights"])
-    flags.append((weights, saved["versions"].get(weights, now), now))
+    flags.append((weights, saved.get("versions", {}).get(weights, now), now))
     changed = [f"{name} (was {was}, now {now})" for name, was, now in flags
                if now not in (was, "auto")]
     if changed:
@@ -94,7 +94,7 @@ def numbers_of(run):
     numbers = {"minutes": sum(minutes for minutes, _ in sittings) or None}
     for name in [name for name in ("AP", "AP50", "mMR", "recall", "JI") if name in found]:
         numbers.update({name: found[name], f"{name}+NMS": found["nms"][name]})
-    made_by = [f"PyTorch {saved['versions'].get('torch')}", saved["precision"]]
+    made_by = [f"PyTorch {saved.get('versions', {}).get('torch')}", str(saved.get("precision"))]
     return claims.with_gains(numbers), ", ".join(made_by + sorted({how for _, how in sittings}))
 
 
