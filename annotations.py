@@ -293,7 +293,7 @@ def coco_picture(image, image_dir, faults):
         except DataError as error:
             faults.add("unreadable picture", f"{where}: {error}")
             return None
-    if not all(is_number(side) and 1 <= side < 2 ** 31 for side in size):
+    if not all(map(is_side, size)):
         faults.add("bad image size",
                    f"{where} ({name}): height and width must be numbers of at least 1, or be left "
                    f"out")

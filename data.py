@@ -101,10 +101,13 @@ def locate(flags, split):
     """(annotation file, image folder) of a split, "train" or "val"; with --val-share one for both.
 
     flags: dict with data, data_dir, train_json, ...  Draws the embedded sets if they are not there
-    yet.  Raises DataError with what is missing.
+    yet, into their own folders alone.  Raises DataError with what is missing.
     """
     data = flags["data"]
     folder = Path(flags.get("data_dir") or f"data/{data}")
+    if data in ("scenes", "crowd") and flags.get("data_dir") and not scenes.drawn(folder, data):
+        raise annotations.DataError(f"--data-dir {folder}: holds no finished pictures; draw them "
+                                    f"with  python scenes.py --set {data} --out {folder}")
     if data == "scenes":
         if not scenes.drawn(folder, "scenes"):
             scenes.write(folder)

@@ -65,7 +65,7 @@ def picture_files(given):
     for path in map(Path, given):
         if path.is_dir():
             inside = sorted(file for file in path.iterdir()
-                            if file.is_file() and not file.name.startswith("."))
+                            if not file.is_dir() and not file.name.startswith("."))
             pictures = [file for file in inside if file.suffix.lower() in SUFFIXES]
             if not pictures:
                 raise DataError(f"{path}: holds no pictures ({', '.join(SUFFIXES)}); give their "
@@ -92,22 +92,26 @@ def detect_files(model, checkpoint, given, out, score, nms):
     given: files and folders   score: what counts   nms: with NMS
 
     The JSON is COCO's result format; `image_id` is the picture's name.  A picture that cannot be
-    read is told, and the others are done; whatever ends it, what was found is written.
+    read is told, and the others are done; what was found before an interruption is written to
+    detections.partial.json.
 
     Returns lines of text that say what there is now.  Raises DataError at the end if pictures could
     not be read.
     """
     files, others = picture_files(given)
     out = Path(out)
+    if (out / "last.pt").exists() or (out / "args.json").exists():
+        raise DataError(f"--out {out} is a run's folder, whose detections.json would be "
+                        f"overwritten; choose another")
     for file in files:
-        if file.parent.resolve() == out.resolve():
+        if out.resolve() in (file.parent.resolve(), file.resolve().parent):      # also of a link
             raise DataError(f"--out {out} is the folder of {file}, which would be overwritten; "
                             f"choose another")
     out.mkdir(parents=True, exist_ok=True)
 
     names, k = checkpoint["class_names"], checkpoint["args"].get("max_dets", 100)
     ids = checkpoint.get("category_ids", list(range(1, len(names) + 1)))
-    results, faults = [], []
+    results, faults, written = [], [], out / "detections.partial.json"
     try:
         for file in tqdm(files, "detecting", unit="picture", disable=None):
             try:
@@ -127,8 +131,10 @@ def detect_files(model, checkpoint, given, out, score, nms):
             drawn = draw_boxes(picture, boxes, labels, names, scores, max(640, *picture.size))
             known = file.suffix.lower() in SUFFIXES
             drawn.save(out / (file.name if known else f"{file.name}.png"))
+        written.unlink(missing_ok=True)                  # of an earlier call
+        written = out / "detections.json"
     finally:
-        runs.write_json(out / "detections.json", results)
+        runs.write_json(written, results)
 
     said = f"{len(files) - len(faults)} pictures, {len(results)} detections that score {score:g} "
     said += f"or more, {'with' if nms else 'without'} NMS"

@@ -447,8 +447,12 @@ def run_annotations(args):
 
 
 def run_nms(args):
-    beside = Path(checkpoints.weights_file(args.weights) if args.weights else args.dt).parent
-    folder = Path(args.out or beside)
+    source = Path(checkpoints.weights_file(args.weights) if args.weights else args.dt)
+    beside, folder, title = source.parent, Path(args.out or source.parent), source.name
+    if args.weights:
+        title = beside.name
+        with contextlib.suppress(ValueError):            # an args.json of something else
+            title = figures.row_name(beside)
     if args.weights:
         results, truth, max_dets = checkpoint_results(args)
         detections = results["plain"]
@@ -468,10 +472,11 @@ def run_nms(args):
     found["verdict"] = duplicates.verdict(found, name)
     print(f"{describe_diagnosis(found)}\n{found['verdict']}")
     folder.mkdir(parents=True, exist_ok=True)
-    runs.write_json(folder / "nms.json", found, indent=1)
-    title = figures.row_name(beside) if args.weights else Path(args.dt).name
-    figures.nms_curves({title: found}, folder / "nms.png")
-    print(f"wrote {folder / 'nms.json'} and {folder / 'nms.png'}")
+    # one checkpoint of a run, or one detector's results, does not take another's place
+    name = "nms" if source.stem in ("last", "detections") else f"nms-{source.stem}"
+    runs.write_json(folder / f"{name}.json", found, indent=1)
+    figures.nms_curves({title: found}, folder / f"{name}.png")
+    print(f"wrote {folder / name}.json and .png")
 
 
 def checkpoint_results(args):
@@ -483,6 +488,10 @@ def checkpoint_results(args):
     # the data it was validated on, unless other data are named
     given = data_flags(args)
     chosen = data.data_set(given, trained.get("data"))
+    if chosen == "custom" == trained.get("data") and (
+            bool(given.get("val_json")) != bool(given.get("val_images"))):
+        raise annotations.DataError("--val-json and --val-images go together, or the pictures of "
+                                    "one split would be judged by the boxes of another")
     known = {key: trained.get(key) for key in data.FLAGS if chosen == trained.get("data")}
     flags = {**known, **{key: value for key, value in given.items() if value is not None},
              "data": chosen}
@@ -591,7 +600,7 @@ def main():
             elif args.command == "annotations":
                 run_annotations(args)
             elif args.command == "nms":
-                if bool(args.weights) == bool(args.gt and args.dt):
+                if bool(args.weights) == bool(args.gt or args.dt) or bool(args.gt) != bool(args.dt):
                     parser.error("nms wants --weights last.pt, or --gt and --dt")
                 run_nms(args)
             elif args.weights:

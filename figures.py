@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+import annotations
 import assign
 import checkpoints
 import data
@@ -54,7 +55,7 @@ def training_pictures(pictures, file, count=12):
     cells = []
     for i in range(min(count, len(pictures))):
         image, target = pictures[0, i]
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture = data.as_picture(image)
         boxes, labels = target["boxes"].tolist(), target["labels"].tolist()
         cells.append(caption(draw_boxes(picture, boxes, labels, class_names),
                              f"image {target['image_id']}: {picture.width} x {picture.height}"))
@@ -156,7 +157,11 @@ def titles(runs):
 
 def column(rows, name):
     """A column of a CSV file's rows as numbers; an empty field is NaN.  (rows,)"""
-    return np.array([float(row.get(name) or "nan") for row in rows])
+    try:
+        return np.array([float(row.get(name) or "nan") for row in rows])
+    except ValueError as error:
+        raise ValueError(f"column {name} of eval.csv or log.csv: {error}; the file is damaged") \
+            from error
 
 
 def learning_curves(runs, file):
@@ -173,7 +178,9 @@ def learning_curves(runs, file):
         if (Path(run) / "log.csv").exists():
             tables[1] = read_table(Path(run) / "log.csv")
         groups.setdefault(name if len(runs) > 1 else row_name(run), []).append(tables)
-    crowds = "mMR" in groups[next(iter(groups))][0][0][0]
+    crowds, *others = ("mMR" in tables[0][0] for group in groups.values() for tables in group)
+    if any(other != crowds for other in others):
+        raise ValueError("runs on crowds are judged by other figures: draw them apart")
     plots = [("AP50", "recall") if crowds else ("AP", "AP50"), ("gap", "moved")]
     words = {"gap": "score gap, median of a batch", "moved": "positives that moved, percent"}
     figure, axes = plt.subplots(2, 2, figsize=(11, 8))
@@ -183,7 +190,7 @@ def learning_curves(runs, file):
                 for end, style in (("", "-"), ("_nms", "--")) if above == 0 else (("", "-"),):
                     lines = [(column(tables[above], "step"), column(tables[above], name + end))
                              for tables in seeds]
-                    label = f"{title} ({len(seeds)} seeds)" if len(seeds) > 1 else title
+                    label = f"{title} ({len(seeds)} runs)" if len(seeds) > 1 else title
                     draw_band(plot, lines, f"C{n}{style}", "    with NMS" if end else label)
             # from 0, so that a gap looks as large as it is
             top = max((line.get_ydata().max() for line in plot.lines), default=1)
@@ -261,7 +268,11 @@ def nms_of_runs(runs, file):
     for run, name in list(names.items()):
         if list(names.values()).count(name) > 1:
             names[run] = f"{name} ({Path(run).name})"
-    nms_curves({names[run]: json.loads((Path(run) / "nms.json").read_text()) for run in runs}, file)
+    found = {names[run]: annotations.read_json(Path(run) / "nms.json") for run in runs}
+    for run, figures in zip(runs, found.values()):
+        if not isinstance(figures, dict) or "nms" not in figures:
+            raise ValueError(f"{run}/nms.json: not what `evaluate.py nms` writes; write it anew")
+    nms_curves(found, file)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -284,8 +295,7 @@ def trained(run, split="val", file="last.pt"):
     flags = checkpoint["args"]
     known = data.read(flags, split, checkpoint["class_names"])
     pictures = data.Pictures(known, data.Transform(**checkpoint["test_transform"]))
-    return Trained(row_name(run), checkpoint["step"], model.eval(), losses.row(flags), flags,
-                   pictures)
+    return Trained(row_name(run), checkpoint["step"], model, losses.row(flags), flags, pictures)
 
 
 def of_same_pictures(detectors):
@@ -338,13 +348,20 @@ def with_objects(pictures, least, most=math.inf):
 
 def chosen_picture(pictures, image, least, most):
     """The number of the picture `image`, or of the first with so many objects; or ValueError."""
-    holding = with_objects(pictures, 1)
     if image is None:
-        return (with_objects(pictures, least, most) or holding)[0]
+        return likely(pictures, least, most)[0]
     i = index_of(pictures, image)
-    if i not in holding:
+    if i not in with_objects(pictures, 1):
         raise ValueError(f"image {image}: holds no object")
     return i
+
+
+def likely(pictures, least, most):
+    """The numbers of the pictures with so many objects, or else with any; or ValueError."""
+    found = with_objects(pictures, least, most) or with_objects(pictures, 1)
+    if not found:
+        raise ValueError(f"{pictures.annotations.json_file}: holds no object to look at")
+    return found
 
 
 def in_step(detectors):
@@ -482,8 +499,7 @@ def cost_and_choice(runs, file, image=None, shown=14):
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 5),
                                                  gridspec_kw={"width_ratios": (1, 1.2, 1)})
-    picture = Image.fromarray(np.array(pictures.picture(i).resize(
-        target["size"].flip(0).tolist())))
+    picture = pictures.picture(i).resize(target["size"].flip(0).tolist())
     for plot in (left, right):
         plot.imshow(picture)
         plot.set(xticks=[], yticks=[])
@@ -537,9 +553,9 @@ def hero(runs, file, image=None, count=4, threshold=0.2):
         flags = saved_flags(run)
         known = data.read(flags, "val")
         pictures = data.Pictures(known, data.Transform())
-        several = with_objects(pictures, 3, 5) or with_objects(pictures, 1)
-        some = [index_of(pictures, image)] if image is not None else several[:count]
-        of_image = above(json.loads((Path(run) / "detections.json").read_text()), threshold)
+        some = ([index_of(pictures, image)] if image is not None
+                else likely(pictures, 3, 5)[:count])
+        of_image = above(annotations.read_json(Path(run) / "detections.json"), threshold)
         cells = [draw_detections(pictures.picture(i), of_image.get(known.image_ids[i], []), known,
                                  [""] * len(known.class_names), with_scores=False, side=256)
                  for i in some]
@@ -553,9 +569,8 @@ def wandering(runs, file, image=None, count=3):
     detectors = [stages(run, "train") for run in runs]
     of_same_pictures([kept[0] for kept in detectors])
     pictures = detectors[0][0].pictures
-    some = (with_objects(pictures, 2, 3) or with_objects(pictures, 1))[:count]
-    if image is not None:
-        some = [index_of(pictures, image)]
+    some = ([index_of(pictures, image)] if image is not None
+            else likely(pictures, 2, 3)[:count])
     frames = []
     for row in in_step(detectors):
         sheets = []

@@ -33,6 +33,7 @@ import claims
 import data
 import evaluate
 import ideas
+import recipes
 import runs
 from assign import IGNORE, AssignError
 from models import Prediction
@@ -323,6 +324,10 @@ def effect(out, words):
         if subprocess.run([*command, "--resume", "auto"]).returncode:
             raise AssignError(f"the run in {out} failed; its last line says why")
     flags = json.loads((Path(out) / "args.json").read_text())
+    asked = vars(recipes.make_parser().parse_args(words))
+    if (flags["data_dir"], flags["seed"]) != (asked["data_dir"], asked["seed"] or 0):
+        raise AssignError(f"{out} holds a run of --seed {flags['seed']} on the pictures of "
+                          f"{flags['data_dir'] or 'data/scenes'}; remove it to train anew")
     truth = data.read(flags, "val")
     detections = evaluate.read_results(Path(out) / "detections.json")
     found = evaluate.diagnose(truth, detections, flags["max_dets"])
@@ -430,7 +435,11 @@ def main():
         help="of --reference")
     args = parser.parse_args()
     own = ["--data-dir", args.data_dir] if args.data_dir else []
-    with runs.faults_told("grade.py", AssignError, annotations.DataError):
+    with runs.faults_told("grade.py", AssignError, annotations.DataError, runs.RunError):
+        if args.json:
+            runs.check_writable(args.json, "--json")
+            if args.json.endswith(".py"):
+                parser.error(f"--json {args.json} would be written over: name a .json")
         if args.reference:
             trained = {rule: [effect(f"runs/reference/{rule.split()[0]}-{seed}",
                                      [*words, "--seed", str(seed), *own]) for seed in args.seeds]

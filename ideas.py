@@ -39,10 +39,12 @@ def load(flag, name):
         raise AssignError(f"{flag} {name}: which function of it? give {name}:my_function")
     if not Path(file).is_file():
         raise AssignError(f"{flag} {name}: the file {file} does not exist")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    # a name of its own, so that no module of ours is taken for it, nor the other way round
+    spec = importlib.util.spec_from_file_location(f"idea_{Path(file).stem}", file)
     if spec is None:
         raise AssignError(f"{flag} {name}: {file} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module                              # a dataclass in it looks there
     sys.path.append(str(Path(file).resolve().parent))            # its neighbours can be imported
     try:
         spec.loader.exec_module(module)

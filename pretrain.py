@@ -11,7 +11,6 @@ is how the file was made that ships with the repository, and from which all smal
 """
 import argparse
 import hashlib
-import os
 import time
 from pathlib import Path
 
@@ -149,10 +148,8 @@ def main():
                         help="of weights, order and crops (default 0)")
     args = parser.parse_args()
     started = time.time()
-    with runs.faults_told("pretrain.py", ValueError):
-        folder = Path(args.out).resolve().parent         # told before minutes are spent
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"--out {args.out}: {folder} is not there, or cannot be written to")
+    with runs.faults_told("pretrain.py", runs.RunError):
+        runs.check_writable(args.out, "--out")
         model = train(args.steps, args.batch_size, seed=args.seed)
         save(model, args.out)
         digest = hashlib.sha256(Path(args.out).read_bytes()).hexdigest()

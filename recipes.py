@@ -589,6 +589,11 @@ def check_flags(flags, world):
     if len(flags.get("neck_widths", [])) > 3:
         raise UsageError(f"--neck-widths {flags['neck_widths']}: at most three steps lead up from "
                          f"stride 32")
+    for sizes, longest in (("train_sizes", "train_longest"), ("test_size", "test_longest")):
+        largest = max(flags[sizes]) if sizes == "train_sizes" else flags[sizes]
+        if largest and flags[longest] and largest > flags[longest]:
+            raise UsageError(f"{flag(sizes)} {largest}: no shorter side can be longer than the "
+                             f"longer one, {flag(longest)} {flags[longest]}; give both")
     if flags["batch_size"] % (world * flags["accumulate"]):
         raise UsageError(f"--batch-size {flags['batch_size']}: must be a multiple of {world} "
                          f"process(es) x {flags['accumulate']} micro-batch(es)")
@@ -657,8 +662,10 @@ def headline(flags, num_pictures, num_classes):
                 rule += " and a weight of {:g} to {:g}".format(*flags["many_weight"])
             if flags.get("many_detach"):
                 rule += ", by which alone the features learn"
-    return (f"{NAMES[flags['detector']]} ({flags['backbone']}) with {rule}; {flags['data']}, "
-            f"{num_pictures} pictures, {num_classes} classes, {flags['steps']} steps")
+    start = ", from scratch" if flags["backbone_weights"] == "none" else ""
+    return (f"{NAMES[flags['detector']]} ({flags['backbone']}{start}) with {rule}; "
+            f"{flags['data']}, {num_pictures} pictures, {num_classes} classes, "
+            f"{flags['steps']} steps")
 
 
 def run_name(flags):

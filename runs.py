@@ -243,6 +243,9 @@ def claim_folder(out, name, process):
     if (Path(chosen[0]) / "last.pt").exists():
         raise RunError(f"--out {chosen[0]} holds a run already; add --resume to go on with it, or "
                        f"choose another folder")
+    if (Path(chosen[0]) / "metrics.json").exists():
+        raise RunError(f"--out {chosen[0]} holds what a run has measured, without its last.pt; "
+                       f"choose another folder, or remove it")
     return chosen[0]
 
 
@@ -318,6 +321,13 @@ def write_whole(file, content):
         os.fsync(stream.fileno())
 
 
+def check_writable(file, flag):
+    """Raises RunError if a file cannot be written, before minutes are spent on its content."""
+    folder = Path(file).resolve().parent
+    if not os.access(folder, os.W_OK) or Path(file).is_dir():
+        raise RunError(f"{flag} {file}: {folder} is not there, or it cannot be written to")
+
+
 def write_json(file, content, indent=None):
     """Written whole or not at all."""
     with whole(file) as temporary:
@@ -339,7 +349,7 @@ class Log:
             kept = [row for row in lines if len(row) == len(header)
                     and row[0].isdigit() and int(row[0]) <= step]
             with whole(self.file) as temporary, open(temporary, "w", newline="") as stream:
-                if step and header:
+                if step > 0 and header:
                     csv.writer(stream, lineterminator="\n").writerows([header, *kept])
 
     def row(self, values):

@@ -221,22 +221,28 @@ def begin(marker, recipe):
     """Whether a data set has to be drawn.
 
     Its folder's marker, written last, says if this very one is there already; a file `drawing` lies
-    in it meanwhile.  Raises DataError if the folder holds anything else, which would be drawn over.
+    in it meanwhile and says which it will be.  Raises DataError if the folder holds anything else,
+    which would be drawn over; pictures of an older version may be.
     """
     folder, begun = marker.parent, marker.with_name("drawing")
     if marker.exists() and marker.read_text() == recipe:
         return False
 
-    ours, said = json.loads(recipe)["set"], completed(marker)
-    theirs = said.get("set", "scenes") if said else ours
+    ours = json.loads(recipe)
+    said = completed(marker) or completed(begun)
+    theirs = said.get("set", "scenes") if said else ours["set"]
     if not (marker.exists() or begun.exists()) and folder.is_dir() and any(folder.iterdir()):
         theirs = "other files"
-    if theirs != ours:
+    if theirs != ours["set"]:
         raise DataError(f"{folder} holds {theirs}, over which the pictures would be drawn; choose "
                         f"an empty folder, or --data custom for files of your own")
+    if said and said != ours and said.get("version") == ours["version"]:
+        counts = " + ".join(map(str, said["counts"].values()))
+        raise DataError(f"{folder} holds the pictures of --seed {said['seed']} --counts {counts}, "
+                        f"over which others would be drawn; choose another --out, or remove it")
 
     folder.mkdir(parents=True, exist_ok=True)
-    begun.touch()
+    begun.write_text(recipe)
     marker.unlink(missing_ok=True)
     print(f"drawing pictures into {folder} (once)", flush=True)
     return True

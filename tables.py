@@ -274,11 +274,17 @@ def run(args, extra):
 
     table = lines(args, extra, ours, claims.paper_table(args.tables))
     text = markdown(table) + "".join(f"\n* {line}" for line in told) + "\n"
-    name = str(Path(args.out) / args.name)
-    Path(f"{name}.md").write_text(text)
-    with open(f"{name}.csv", "w", newline="") as stream:
-        csv.writer(stream, lineterminator="\n").writerows(table)
-    print(f"{text}\nwrote {name}.md and .csv")
+    name, before = str(Path(args.out) / args.name), ""
+    with contextlib.suppress(FileNotFoundError):
+        before = Path(f"{name}.md").read_text()
+    if gone := sorted(held(before) - held(text)):
+        print(f"{text}\nleft {name}.md and .csv as they are, with {', '.join(gone)}; remove them "
+              f"for a smaller table")
+    else:
+        Path(f"{name}.md").write_text(text)
+        with open(f"{name}.csv", "w", newline="") as stream:
+            csv.writer(stream, lineterminator="\n").writerows(table)
+        print(f"{text}\nwrote {name}.md and .csv")
     for folder, error in failed.items():
         print(f"tables.py: {folder}: {error}", file=sys.stderr)
     empty = [f"{NAMES[detector]}, {rule}" for (detector, rule), row in ours.items() if not row]

@@ -146,8 +146,18 @@ def test_what_was_found_before_an_interruption_is_written(
     real = models.FCOS.detect
     monkeypatch.setattr(models.FCOS, "detect", stop)
     code, _, err, found = detections(*(photograph(tmp_path / f"{n}.png") for n in range(3)))
-    assert code == 130 and "interrupted" in err
-    assert {d["image_id"] for d in found} == {"0.png"}
+    assert code == 130 and "interrupted" in err and found is None
+    partial = json.loads((tmp_path / "out" / "detections.partial.json").read_text())
+    assert {d["image_id"] for d in partial} == {"0.png"}
+
+    # the file of a whole call is not lost to one that was interrupted
+    monkeypatch.setattr(models.FCOS, "detect", real)
+    files = [tmp_path / f"{n}.png" for n in range(3)]
+    _, _, _, whole = detections(*files)
+    assert len({d["image_id"] for d in whole}) == 3
+    assert not (tmp_path / "out" / "detections.partial.json").exists()
+    monkeypatch.setattr(models.FCOS, "detect", interrupt)
+    assert detections(*files)[3] == whole
 
 
 @pytest.mark.parametrize("words, told", [
@@ -155,6 +165,8 @@ def test_what_was_found_before_an_interruption_is_written(
     (["run"], "run: holds no pictures"),
     (["one/a.png", "two/a.png"], "have the same name"),
     (["one", "--out", "one"], "would be overwritten"),
+    (["linked", "--out", "one"], "would be overwritten"),
+    (["one", "--out", "run"], "run is a run's folder"),
     (["one", "--weights", "two"], "last.pt: cannot be read"),
 ])
 def test_what_cannot_be_done_is_one_sentence(
@@ -163,6 +175,8 @@ def test_what_cannot_be_done_is_one_sentence(
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         photograph(tmp_path / name / "a.png")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "b.png").symlink_to(tmp_path / "one" / "a.png")
     before = (tmp_path / "one" / "a.png").read_bytes()
     code, _, err, found = detections(*words)
     assert code == 2 and err.count("\n") == 1 and told in err and found is None

@@ -169,10 +169,15 @@ def test_the_command_prints_writes_and_draws(tmp_path, command):
     files = ["--gt", tmp_path / "gt.json", "--dt", tmp_path / "dt.json"]
     code, out, err = command(evaluate, "nms", *files)
     assert code == 0 and "duplicates an object: 1.00 above 0.05" in out, err
-    written = json.loads((tmp_path / "nms.json").read_text())
+    # the results of another detector in this folder have another name
+    written = json.loads((tmp_path / "nms-dt.json").read_text())
     assert written["verdict"] in out and "needs NMS" in written["verdict"]
-    assert (tmp_path / "nms.png").stat().st_size > 10_000
-    for given in (files[:2], [*files, "--weights", tmp_path / "last.pt"]):
+    assert (tmp_path / "nms-dt.png").stat().st_size > 10_000
+    (tmp_path / "dt.json").rename(tmp_path / "detections.json")
+    command(evaluate, "nms", *files[:3], tmp_path / "detections.json")
+    assert json.loads((tmp_path / "nms.json").read_text()) == written
+    weights = ["--weights", tmp_path / "last.pt"]
+    for given in (files[:2], [*files, *weights], [*files[:2], *weights]):
         code, _, err = command(evaluate, "nms", *given)
         assert code == 2 and "--weights last.pt, or --gt and --dt" in err
 
@@ -189,6 +194,6 @@ def test_crowds_are_judged_on_their_own_terms(tmp_path, command):
     code, out, err = command(evaluate, "nms", "--protocol", "crowdhuman", "--gt",
                              tmp_path / "gt.odgt", "--dt", tmp_path / "dt.odgt")
     assert code == 0, err
-    written = json.loads((tmp_path / "nms.json").read_text())
+    written = json.loads((tmp_path / "nms-dt.json").read_text())
     assert written["lost to NMS at 0.5"] == 1 and written["duplicates per object"]["0.05"] == 0
     assert written["recall"] == 100 and written["nms"]["0.5"]["recall"] == 50

@@ -412,7 +412,8 @@ def test_a_checkpoint_of_other_classes_is_refused(tiny_scenes, tmp_path, command
     # files alone are custom data, whatever the checkpoint was validated on
     ("scenes", ["--val-json", "a.json", "--val-images", "nowhere"], "a.json"),
     ("coco", ["--val-json", "a.json"], "--data custom needs --val-json and --val-images"),
-    ("custom", ["--val-json", "a.json"], "a.json"),
+    ("custom", ["--val-json", "a.json"], "--val-json and --val-images go together"),
+    ("custom", ["--val-json", "a.json", "--val-images", "nowhere"], "a.json"),
     # and go with no other data set
     ("scenes", ["--data", "coco", "--val-json", "a.json"],
      "--val-json names a file of your own: it goes with --data custom, not with coco"),
@@ -467,6 +468,7 @@ def test_a_checkpoint_is_scored_on_the_data_it_was_validated_on(tiny_scenes, tmp
     (["--weights", "."], "last.pt: cannot be read"), (["nms"], "nms wants --weights"),
     (["nms", "--weights", "nowhere"], "nowhere: cannot be read"),
     (["annotations"], "--data crowd"),
+    (["nms", "--weights", "w", "--gt", "g"], "nms wants --weights last.pt, or --gt and --dt"),
     (["--weights", "untrained.pt"], "untrained.pt: of another version of train.py, or damaged"),
 ])
 def test_nothing_is_drawn_that_nobody_asked_for(tmp_path, monkeypatch, command, words, told):

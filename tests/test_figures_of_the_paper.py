@@ -101,10 +101,20 @@ def test_the_other_pictures_are_drawn(two_runs, tmp_path, command):
     (["positives", "RUN", "--image", "999"], "image 999: not among the pictures"),
     (["nms", "RUN"], "nms.json"),
     (["curves", "EMPTY"], "holds no row"),
+    (["curves", "RUN", "CROWD"], "judged by other figures"),
+    (["curves", "GARBLED"], "column AP of eval.csv or log.csv"),
+    (["nms", "EMPTY"], "nms.json: not valid JSON"),
+    (["nms", "CROWD"], "nms.json: not what `evaluate.py nms` writes"),
 ])
 def test_what_cannot_be_drawn_is_one_sentence(two_runs, tmp_path, command, given, words):
-    (tmp_path / "eval.csv").write_text("step,AP,AP_nms\n")
-    places = {"RUN": two_runs[0], "EMPTY": tmp_path}
+    places = {"RUN": two_runs[0]}
+    for name, table, nms in (("EMPTY", "step,AP,AP_nms\n", '{"nms": {'),
+                             ("CROWD", "step,AP50,mMR\n1,2,3\n", '{"AP": 1}'),
+                             ("GARBLED", "step,AP,AP_nms,AP50,AP50_nms\n4,5x,1,1,1\n", "")):
+        places[name] = tmp_path / name
+        places[name].mkdir()
+        (places[name] / "eval.csv").write_text(table)
+        (places[name] / "nms.json").write_text(nms)
     code, _, err = command(figures, *[places.get(word, word) for word in given],
                            "--out", tmp_path / "a.png")
     assert code == 2 and words in err and err.count("\n") == 1

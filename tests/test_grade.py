@@ -10,6 +10,7 @@ import torch
 
 import assign
 import grade
+from assign import AssignError
 
 ROOT = Path(grade.__file__).parent
 
@@ -172,6 +173,19 @@ def test_a_finished_run_is_read_and_not_trained_again(tiny_scenes, tmp_path, mon
     assert set(first) == {"AP", "AP+NMS", "duplicates", "gap"}
     monkeypatch.setattr(grade.subprocess, "run", None)   # to call it is an error now
     assert grade.effect(tmp_path / "run", words) == first
+    for other in (["--data-dir", "data/18", *words[2:]], [*words, "--seed", "1"]):
+        with pytest.raises(AssignError, match=f"holds a run of --seed 0 on .*{tiny_scenes.name}"):
+            grade.effect(tmp_path / "run", other)
+
+
+@pytest.mark.parametrize("file, words", [
+    ("nowhere/a.json", "is not there, or it cannot be written"),
+    ("my.py", "would be written over")])
+def test_where_the_points_go_is_checked_before_they_are_counted(tmp_path, command, file, words):
+    (tmp_path / "my.py").write_text(BROKEN)
+    code, out, err = command(grade, f"{tmp_path}/my.py:f", "--json", tmp_path / file)
+    assert code == 2 and not out and words in err and "Traceback" not in err
+    assert (tmp_path / "my.py").read_text() == BROKEN
 
 
 def test_gradings_become_a_table_of_means_and_half_ranges(tmp_path, monkeypatch, capsys):

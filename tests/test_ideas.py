@@ -124,6 +124,15 @@ def test_a_cost_of_ones_own_is_told_what_is_wrong(tmp_path, text, words):
         match(*random_batch((3,), aux=0), mine, assign.hungarian)
 
 
+def test_a_file_may_hold_a_dataclass_and_be_called_like_one_of_ours(tmp_path):
+    (tmp_path / "data.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Seen:\n    count: int = 0\n\ndef f(cost):\n    return Seen(3)\n")
+    before = sys.modules["data"]
+    assert ideas.load("--assign", f"{tmp_path}/data.py:f")(None).count == 3
+    assert sys.modules["data"] is before
+
+
 def test_progress_is_told_to_those_who_ask():
     seen = []
 

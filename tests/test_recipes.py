@@ -154,6 +154,15 @@ def test_every_recipe_is_within_the_ranges(data, detector):
         recipes.check_flags(flags, world=1)
 
 
+@pytest.mark.parametrize("words", ["--train-sizes 640", "--test-size 640"])
+def test_a_size_above_the_longest_side_is_refused(words):
+    """It would be 336 x 448 pixels, in silence, of a picture of 480 x 640."""
+    words = f"--data custom --train-json a --train-images a {words}".split()
+    flags, _ = recipes.effective_flags(vars(recipes.make_parser().parse_args(words)))
+    with pytest.raises(recipes.UsageError, match=f"^{words[-2]} 640: .* 448; give both"):
+        recipes.check_flags(flags, world=1)
+
+
 def test_what_torch_cannot_seed_with_is_what_is_refused():
     torch.manual_seed(2 ** 63 - 1)
     np.random.default_rng((2 ** 63 - 1, 0))

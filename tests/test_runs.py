@@ -166,6 +166,9 @@ def test_a_folder_with_a_run_is_refused_and_another_one_is_not(tmp_path, monkeyp
     (out / "last.pt").write_bytes(b"")
     with pytest.raises(runs.RunError, match="--out .*mine holds a run already; add --resume"):
         runs.claim_folder(str(out), "name", ALONE)
+    (out / "last.pt").rename(out / "metrics.json")       # its checkpoint was deleted, to save disk
+    with pytest.raises(runs.RunError, match="holds what a run has measured"):
+        runs.claim_folder(str(out), "name", ALONE)
 
 
 def test_without_out_a_run_gets_a_free_folder_in_runs(tmp_path, monkeypatch):
@@ -292,6 +295,13 @@ def test_rows_after_the_step_are_cut_off_on_resume(tmp_path, step, kept):
     log.row({"step": step + 20, "loss": 0.5})
     assert [row["step"] for row in rows(file)] == [*kept, str(step + 20)]
     assert file.read_text().count("step,loss") == 1
+
+
+def test_a_new_run_takes_no_header_of_an_old_one(tmp_path):
+    """eval.csv of a run on crowds; first_step - 1 is -1 in a new run."""
+    (tmp_path / "eval.csv").write_text("step,AP50,mMR\n10,80,20\n")
+    runs.Log(tmp_path / "eval.csv", -1).row({"step": 5, "AP": 50.0})
+    assert (tmp_path / "eval.csv").read_text() == "step,AP\n5,50\n"
 
 
 @pytest.mark.parametrize("end", ["60,6", "60,6.0", "60\n", "6x,1\n", "\0\0\0\n", ""])

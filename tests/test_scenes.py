@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 from pycocotools import mask as coco_mask
 from torchvision.ops import box_iou
 
+import data
 import scenes
 from pictures import DataError
 
@@ -184,13 +185,42 @@ def test_a_killed_write_is_repeated(tmp_path, monkeypatch):
 
 
 def test_a_killed_write_over_a_finished_data_set_is_repeated(tmp_path, monkeypatch):
-    """The old data set's complete.json must not vouch for what the killed write left behind."""
-    expected = contents(scenes.write(tmp_path, seed=0, counts={"train": 3, "val": 1}))
+    """Of an older version, whose complete.json must not vouch for what the killed write left."""
+    expected = contents(scenes.write(tmp_path / "new", seed=0, counts={"train": 3, "val": 1}))
+    with monkeypatch.context() as m:
+        m.setattr(scenes, "VERSION", scenes.VERSION - 1)
+        scenes.write(tmp_path / "old", seed=1, counts={"train": 3, "val": 1})
     with monkeypatch.context() as m:
         stop_at(m, 2)
         with pytest.raises(KeyboardInterrupt):
-            scenes.write(tmp_path, seed=1, counts={"train": 3, "val": 1})
-    assert contents(scenes.write(tmp_path, seed=0, counts={"train": 3, "val": 1})) == expected
+            scenes.write(tmp_path / "old", seed=0, counts={"train": 3, "val": 1})
+    again = scenes.write(tmp_path / "old", seed=0, counts={"train": 3, "val": 1})
+    assert contents(again) == expected
+
+
+def test_other_pictures_are_not_drawn_over_those_that_are_there(tmp_path, monkeypatch):
+    """A forgotten --out; and an interrupted drawing of another seed, which may be gone on with."""
+    before = contents(scenes.write(tmp_path / "a", seed=0, counts={"train": 2, "val": 1}))
+    with pytest.raises(DataError, match="holds the pictures of --seed 0 --counts 2 [+] 1"):
+        scenes.write(tmp_path / "a", seed=17, counts={"train": 2, "val": 1})
+    assert contents(tmp_path / "a") == before
+
+    with monkeypatch.context() as m:
+        stop_at(m, 1)
+        with pytest.raises(KeyboardInterrupt):
+            scenes.write(tmp_path / "b", seed=17, counts={"train": 2, "val": 1})
+    with pytest.raises(DataError, match="--seed 17"):
+        scenes.write(tmp_path / "b", seed=0, counts={"train": 2, "val": 1})
+    assert (scenes.write(tmp_path / "b", seed=17, counts={"train": 2, "val": 1})
+            / "complete.json").exists()
+
+
+@pytest.mark.parametrize("data_set", ["scenes", "crowd"])
+def test_nothing_is_drawn_into_a_folder_that_was_mistyped(tmp_path, data_set):
+    flags = {"data": data_set, "data_dir": str(tmp_path / "sceens")}
+    with pytest.raises(DataError, match=f"sceens: holds no .* --set {data_set} --out .*sceens"):
+        data.locate(flags, "val")
+    assert not (tmp_path / "sceens").exists()
 
 
 def test_a_write_killed_while_it_wrote_complete_json_is_repeated(tmp_path):

@@ -305,6 +305,17 @@ def test_a_page_keeps_the_rows_and_seeds_that_a_smaller_table_lacks(
         assert "rewrote" in said and not error
 
 
+def test_a_table_of_more_seeds_is_not_replaced_by_one_of_fewer(collected, tmp_path, command):
+    """--seeds forgotten."""
+    fcos(tmp_path)
+    collected("--detectors", "fcos")
+    files = [tmp_path / f"table-2-scenes-fcos.{end}" for end in ("md", "csv")]
+    before = [file.read_text() for file in files]
+    code, said, _ = command(tables, "2", "--detectors", "fcos", "--collect", "--out", tmp_path)
+    assert code == 1 and "as they are, with seed 1, seed 2; remove them" in said
+    assert before == [file.read_text() for file in files]
+
+
 def test_what_was_written_into_a_page_while_rows_trained_stays(
         command, tmp_path, monkeypatch):
     fcos(tmp_path)
