@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import yaml
+
 import runs
 from pictures import SUFFIXES, DataError, picture_size, read_text
 
@@ -419,43 +421,33 @@ def yolo_names(folder):
         if file.suffix not in (".yaml", ".yml"):
             lines = [one_line(line) for line in text.strip().splitlines()]
             return dict(enumerate(lines)), False, file
-        names = yaml_names(text)
+        names, keypoints = yaml_names(file, text)
         if names:
-            return names, re.search(r"(?m)^kpt_shape\s*:", text) is not None, file
+            return names, keypoints, file
     raise DataError(f"{folder}: no names of classes: neither a data.yaml with `names`, nor "
                     f"classes.txt or obj.names with a name a line; write one")
 
 
-def yaml_names(text):
-    """{class number: name} of the key `names`, {} if it is absent.
+def yaml_names(file, text):
+    """({class number: name} of the key `names`, whether lines hold keypoints); {} without the key.
 
-    The forms that YOLO's files have: [a, b], {0: a, 1: b}, lines `- a`, lines `0: a`.
+    `names` is a list or a mapping.  All that stands there is text: a class may be called "no".
+    Raises DataError.
     """
-    found = re.search(r"(?ms)^names\s*:[ \t]*(.*?)(?=^[^\s\-#\]}]|\Z)", text)
-    if not found:
-        return {}
-    # a quoted text, or what stands between marks; a comment begins with " #"
-    quoted = r"'(?:[^']|'')*'|\"[^\"]*\""
-    body = re.sub(rf"({quoted})|(?:^|(?<=\s))#[^\n]*", lambda m: m[1] or "", found[1]).strip()
-    if body[:1] in ("[", "{"):
-        body = re.split(r"[\]}]\s*\Z", body[1:])[0]
-        entries = re.findall(rf"(?:{quoted}|[^,'\"]|(?<=\w)['\"])+", body)
-    else:
-        entries = [re.sub(r"^-\s+", "", line.strip()) for line in body.splitlines()]
-    names = {}
-    for entry in map(str.strip, entries):
-        numbered = re.fullmatch(r"['\"]?(\d+)['\"]?\s*:\s*(.*)", entry, re.DOTALL)
-        n, name = (int(numbered[1]), numbered[2]) if numbered else (len(names), entry)
-        if name:
-            names[n] = one_line(unquoted(name))
-    return names
-
-
-def unquoted(text):
-    """What YAML's quotes hold."""
-    if text[:1] == "'" == text[-1:]:
-        return text[1:-1].replace("''", "'")
-    return text[1:-1] if text[:1] == '"' == text[-1:] else text
+    try:
+        content = yaml.load(text, yaml.BaseLoader)       # which runs nothing, whatever tags say
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise DataError(f"{file}: not valid YAML ({one_line(str(error))}); mend it") from error
+    content = content if isinstance(content, dict) else {}
+    names = content.get("names") or []
+    try:
+        if isinstance(names, str):
+            raise ValueError(f"it is {names!r}")
+        pairs = names.items() if isinstance(names, dict) else enumerate(names)
+        return {int(n): one_line(name) for n, name in pairs if name}, "kpt_shape" in content
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{file}: `names` must be a list of names, or a mapping of class numbers "
+                        f"to names ({error})") from error
 
 
 def yolo_file(file, size, names, keypoints, bad):

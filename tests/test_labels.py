@@ -384,6 +384,9 @@ def test_pictures_and_texts_are_paired_in_every_layout(tmp_path, pairs, expected
     ("data.yaml", "names: ['cat',\n        'dog',]\nnc: 2\n", ["cat", "dog"]),
     ("data.yaml", "names: [\n  'cat',\n  'dog'\n]\nnc: 2\n", ["cat", "dog"]),
     ("data.yaml", "names: {0: cat, 1: dog}\n", ["cat", "dog"]),
+    ("data.yaml", "names: [men's, women's, kids]\n", ["men's", "women's", "kids"]),
+    ("data.yaml", "---\nnames: &n\n  - no\n  - 12\nagain: *n\n", ["no", "12"]),
+    ("data.yaml", '{"names": ["caf\\u00e9", "dog"]}', ["caf\u00e9", "dog"]),
     ("custom.yml", "\ufeffnames:\r\n  0: cat\r\n  1: K\u00e4fer\r\n", ["cat", "K\u00e4fer"]),
 ])
 def test_names_are_read_from_the_files_that_people_have(tmp_path, name, text, names):
@@ -393,6 +396,15 @@ def test_names_are_read_from_the_files_that_people_have(tmp_path, name, text, na
     (folder / name).write_bytes(text.encode())
     (file, images), = labels.yolo2coco(folder, tmp_path / "out").items()
     assert annotations.read_annotations(file, images).class_names == names
+
+
+@pytest.mark.parametrize("text, words", [
+    ("names: [cat, dog\n", "not valid YAML"), ("names: {cat: 0}\n", "`names` must be a list"),
+    ("names: 5\n", "`names` must be a list"), ("names: [[a], b]\n", "`names` must be a list")])
+def test_names_that_cannot_be_understood_are_told(tmp_path, command, text, words):
+    folder = yolo(tmp_path / "in", {"a.jpg": ("a.txt", DOG)}, ("data.yaml", text))
+    code, _, err = command(annotations, "yolo2coco", folder, "--out", tmp_path / "out")
+    assert code == 2 and err.count("\n") == 1 and f"data.yaml: {words}" in err
 
 
 def test_without_names_a_sentence_says_what_to_write(tmp_path, command):
