@@ -230,7 +230,11 @@ def test_the_outputs_are_those_of_the_published_code(published):
 
 
 def test_the_detections_are_those_of_the_published_code(published):
-    """Without and with NMS, scaled to the original pictures, clipped, in the same order."""
+    """Without and with NMS, scaled to the original pictures, clipped, in the same order.
+
+    Two whose published scores are the same to rounding may change places: which is first depends
+    on the processor.
+    """
     if published.name.startswith("tv"):
         pytest.skip("torchvision also reports ids that are no COCO class: "
                     "see the test against torchvision itself")
@@ -242,8 +246,11 @@ def test_the_detections_are_those_of_the_published_code(published):
         their_scores = torch.as_tensor(expected["scores"])
         assert len(boxes) == len(their_boxes)
         assert (scores - their_scores).abs().max() < 1e-5
-        assert torch.equal(labels, their_labels)
-        assert (boxes - their_boxes).abs().max() < 2e-3
+        same = (((boxes[:, None] - their_boxes).abs().amax(-1) < 2e-3)
+                & (labels[:, None] == their_labels))                 # (ours, theirs)
+        place = torch.where(same.diagonal(), torch.arange(len(same)), same.int().argmax(0))
+        assert same.any(0).all() and len(place.unique()) == len(place)
+        assert (their_scores[place] - their_scores).abs().max() < 1e-6
 
 
 # ------------------------------------------------------------------------------------------------
