@@ -44,9 +44,10 @@ def add_data_flags(group, train=True):
                             "custom: any COCO-format files, or CrowdHuman's .odgt"
                             + (" (default: scenes)" if train else ""))
     group.add_argument("--data-dir", metavar="DIR",
-                       help="folder of the data set itself (default: data/scenes, data/coco, ...); "
-                            "COCO's holds annotations/, train2017/ and val2017/, "
-                            "CrowdHuman's annotation_train.odgt, annotation_val.odgt and Images/")
+                       help="folder of the data set itself (default: data/scenes, data/coco, ...; "
+                            "into data/scenes and data/crowd pictures are drawn, once); COCO's "
+                            "holds annotations/, train2017/ and val2017/, CrowdHuman's "
+                            "annotation_train.odgt, annotation_val.odgt and Images/")
     for split in ("train", "val") if train else ("val",):
         group.add_argument(f"--{split}-json", metavar="F",
                            help=f"custom: annotations of the {split} split, COCO format")
