@@ -15,7 +15,6 @@ import argparse
 import csv
 import json
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 

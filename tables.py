@@ -199,15 +199,20 @@ def held(table):
     return {*rows, *(f"seed {seed}" for seed in (seeds[1].split(", ") if seeds else ()))}
 
 
+def gone(before, after):
+    """What a table to replace another lacks of it, in words; "" if it lacks nothing."""
+    return ", ".join(sorted(held(before) - held(after)))
+
+
 def rewrite(file, key, text, empty):
     """Puts the table into its page, unless something that was measured would go; tells which.
 
     The page is read anew: training took hours.  empty: the rows that have no run
     """
     head, before, tail = split_page(file, key)
-    gone = sorted(held(before) - held(text))
+    lacks = gone(before, text)
     why = [f"no run of {'; '.join(empty)}"] * bool(empty)
-    why += [f"nothing of {', '.join(gone)}, which stands there"] * bool(gone)
+    why += [f"nothing of {lacks}, which stands there"] * bool(lacks)
     if why:
         print(f"tables.py: {file} is left as it is: there is {' and '.join(why)}", file=sys.stderr)
     else:
@@ -277,9 +282,9 @@ def run(args, extra):
     name, before = str(Path(args.out) / args.name), ""
     with contextlib.suppress(FileNotFoundError):
         before = Path(f"{name}.md").read_text()
-    if gone := sorted(held(before) - held(text)):
-        print(f"{text}\nleft {name}.md and .csv as they are, with {', '.join(gone)}; remove them "
-              f"for a smaller table")
+    if lacks := gone(before, text):
+        print(f"{text}\nleft {name}.md and .csv as they are, with {lacks}; remove them for a "
+              f"smaller table")
     else:
         Path(f"{name}.md").write_text(text)
         with open(f"{name}.csv", "w", newline="") as stream:
