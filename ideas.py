@@ -83,6 +83,8 @@ def call(function, *arguments, progress=0.0):
     except KeyboardInterrupt:
         raise
     except BaseException as error:                               # sys.exit too
+        if "DataLoader worker" in str(error):      # torch's signal handler, in whatever code runs
+            raise
         raise AssignError(told(error, code.co_filename if code else "")) from error
 
 

@@ -508,11 +508,13 @@ def test_a_picture_that_cannot_be_read_ends_the_run_with_one_sentence(
     assert line.startswith("train.py: ") and "cannot be decoded" in line
 
 
-def test_a_killed_worker_ends_the_run_with_one_sentence(tiny_scenes, tmp_path):
+@pytest.mark.parametrize("pause", [0, 1], ids=["seen by the loader", "seen in the strategy"])
+def test_a_killed_worker_ends_the_run_with_one_sentence(pause, tiny_scenes, tmp_path):
     """As the system does where memory runs out: a strategy kills its siblings, by the way."""
     (tmp_path / "my.py").write_text(
-        "import multiprocessing, assign\ndef f(cost):\n"
+        "import multiprocessing, time, assign\ndef f(cost):\n"
         "    [child.kill() for child in multiprocessing.active_children()]\n"
+        f"    time.sleep({pause})\n"
         "    return assign.hungarian(cost)\n")
     command = [sys.executable, ROOT / "train.py",
                *flags(tiny_scenes, out=tmp_path / "run", steps=500, workers=2,
