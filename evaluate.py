@@ -15,6 +15,7 @@ AP is pycocotools': box IoU 0.50 to 0.95, 101 recall points, the 100 best detect
 import argparse
 import contextlib
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -323,7 +324,23 @@ def read_case(gt_file, dt_file):
             raise annotations.DataError(
                 f"{dt_file}: detection number {n} is of category {d['category_id']!r}, which "
                 f"{gt_file} does not list; give the file's own category ids, not class indices")
+    tell_other_form(dt_file, [d["bbox"] for d in found], truth.xywh.tolist())
     return truth, found
+
+
+def tell_other_form(file, detected, annotated):
+    """Says on stderr if detected boxes are likely not x, y, width, height in pixels."""
+    def wider_than_far(boxes):               # of corners: all of them
+        return sum(w > x and h > y for x, y, w, h in boxes) / max(len(boxes), 1)
+
+    form = ""
+    if wider_than_far(detected) > 0.95 and wider_than_far(annotated) < 0.5:
+        form = "x1, y1, x2, y2"
+    if detected and max(max(box) for box in detected) <= 1:
+        form = "shares of the picture, 0 to 1"
+    if form:
+        print(f"{file}: the boxes look like {form}; they are scored as x, y, width, height in "
+              f"pixels", file=sys.stderr)
 
 
 def score_file(gt_file, dt_file, max_dets):
@@ -481,6 +498,10 @@ def run_nms(args):
 
 def checkpoint_results(args):
     """What `detect` finds with a checkpoint, the Annotations it is judged by, and max_dets."""
+    own, out = Path(checkpoints.weights_file(args.weights)).parent, Path(args.out or "")
+    if args.out and (out / "args.json").exists() and out.resolve() != own.resolve():
+        raise runs.RunError(f"--out {out}: holds another run, whose figures would be lost; choose "
+                            f"another folder")
     model, checkpoint = checkpoints.load(args.weights)
     trained = recipes.saved_flags(checkpoint, args.weights)
     device = runs.usable_device(args.device)

@@ -83,8 +83,9 @@ def build_model(flags, checkpoint, classes, process):
             raise checkpoints.CheckpointError(f"{file} knows the classes "
                                               f"{checkpoint['class_names']}, not those of the data")
         if checkpoint.get("pictures") not in (None, digest(classes)):    # older ones have none
-            raise checkpoints.CheckpointError(f"{file} was trained on other pictures than those of "
-                                              f"{classes.json_file}: their ids are not the same")
+            raise checkpoints.CheckpointError(f"{file} was trained on other pictures or boxes "
+                                              f"than those of {classes.json_file}; start a new run "
+                                              f"with --init {file}")
         with checkpoints.understood(file):
             model = checkpoints.build(**checkpoint["build"])
             model.load_state_dict(checkpoint["model"])
@@ -106,7 +107,10 @@ def build_model(flags, checkpoint, classes, process):
 
 def digest(classes):
     """What tells the training pictures from others, wherever they lie.  classes: Annotations"""
-    return hashlib.sha256(repr((classes.image_ids, classes.category_ids)).encode()).hexdigest()
+    known = hashlib.sha256(repr((classes.image_ids, classes.category_ids)).encode())
+    for part in (classes.first, classes.boxes, classes.labels, classes.crowd):
+        known.update(part.numpy().tobytes())
+    return known.hexdigest()
 
 
 def make_optimizer(model, flags, device):

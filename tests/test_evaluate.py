@@ -451,6 +451,14 @@ def test_a_checkpoint_is_scored_on_the_data_it_was_validated_on(tiny_scenes, tmp
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert 0 < len(found) <= 7 * 7                      # 7 pictures
 
+    # of the folder of another run nothing is taken
+    (tmp_path / "out" / "args.json").write_text("{}")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    for words in ([], ["nms"]):
+        code, _, err = command(evaluate, *words, "--weights", weights, "--out", tmp_path / "out")
+        assert code == 2 and "holds another run" in err and err.count("\n") == 1
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
     # a folder means its last.pt
     code, out, err = command(evaluate, "--weights", weights.parent, "--device", "cpu",
                              "--per-class")
@@ -517,6 +525,22 @@ def test_results_prints_and_writes_the_same_figures(tmp_path):
     lines = [line.split() for line in done.stdout.splitlines()]
     printed = {name: float(value) for name, value in lines}
     assert printed == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize("form, words", [
+    (lambda x, y, w, h: (x, y, w, h), ""),
+    (lambda x, y, w, h: (x, y, x + w, y + h), "the boxes look like x1, y1, x2, y2"),
+    (lambda x, y, w, h: (x / 500, y / 500, w / 500, h / 500), "shares of the picture"),
+])
+def test_boxes_of_another_form_are_scored_and_told(tmp_path, capsys, command, form, words):
+    boxes = [(30 * n, 20 * n, 25, 12) for n in range(10)]
+    figures(tmp_path, ground_truth([(1, 1, box) for box in boxes]),
+            [detection(form(*box), 0.5) for box in boxes])
+    capsys.readouterr()
+    files = ["--gt", tmp_path / "gt.json", "--dt", tmp_path / "dt.json"]
+    for code, out, err in (command(evaluate, "results", *files),
+                           command(evaluate, "nms", *files, "--out", tmp_path)):
+        assert code == 0 and out and words in err and err.count("\n") == bool(words)
 
 
 def test_max_dets_of_the_command_line(tmp_path, command):

@@ -217,6 +217,8 @@ def test_an_option_goes_with_its_detectors_only(detector, name):
     (["--assign", "one-to-many-points", "--location-cost", "predefined"],
      "--location-cost does not concern --assign one-to-many-points"),
     (["--milestones", "5"], "--milestones does not concern --schedule one-cycle"),
+    (["--schedule", "step", "--steps", "40", "--milestones", "30", "50"],
+     "--milestones 50: the run ends before"),
     (["--warmup-steps", "5"], "--warmup-steps does not concern --schedule one-cycle"),
     (["--resnet", "msra"], "--resnet does not concern --backbone tiny"),
     (["--assign", "one-to-many", "--lambda-iou", "1"], "--lambda-iou does not concern"),

@@ -166,6 +166,11 @@ def test_other_pictures_and_another_schedule_are_another_run(tiny_scenes, tmp_pa
     other.write_text(json.dumps(content))
     fails(["--resume", "--out", str(out), "--train-json", str(other)], "other.json", "last.pt",
           "trained on other pictures")
+    content = json.loads((tiny_scenes / "train.json").read_text())
+    content["annotations"][0]["bbox"][0] += 1
+    other.write_text(json.dumps(content))
+    fails(["--resume", "--out", str(out), "--train-json", str(other)], "other.json", "last.pt",
+          "or boxes", f"--init {out}/last.pt")
     fails(["--resume", "--out", str(out), "--steps", "20"], "--steps (was 1, now 20)", "schedule",
           f"--init {out}/last.pt")
 
