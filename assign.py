@@ -218,8 +218,9 @@ def min_cost(cost):
 
         P = {(argmin over q of C[q, g], g) for every g}
 
-    The same answer as `hungarian` unless two objects want one prediction: then both get it.  The
-    rule of the authors' first release; they report about equal AP.
+    The same answer as `hungarian` unless two objects want one prediction: then both get it, and of
+    two classes it is a positive of both.  The rule of the authors' first release (which keeps one
+    of the two classes); they report about equal AP.
     """
     if cost.shape[0] == 0:
         return cost.new_zeros(2, 0, dtype=torch.long).unbind()
@@ -393,10 +394,10 @@ def giou_cost(boxes, gt):
     """Minus the generalised IoU: C_iou in Eq. 4 (the paper writes IoU, its code uses GIoU).
 
     Two boxes without extent give 0/0; such a pair counts as far apart (GIoU -1, so a cost of 1)
-    rather than NaN, while a NaN among the coordinates stays NaN, for `match` to report.
+    rather than NaN, while what is no number among the coordinates gives NaN, for `match` to report.
     """
     giou = generalized_box_iou(boxes, gt)
-    numbers = ~(boxes.isnan().any(1)[:, None] | gt.isnan().any(1))
+    numbers = boxes.isfinite().all(1)[:, None] & gt.isfinite().all(1)
     return -torch.where(giou.isnan() & numbers, -1.0, giou)
 
 
@@ -449,8 +450,13 @@ def anchor_iou_cost(one, target):
 
 
 def predicted_iou_cost(one, target):
-    """Minus the IoU of predicted box and object, for the same rule on other detectors."""
-    return -box_iou(one.boxes, target["boxes"])
+    """Minus the IoU of predicted box and object, for the same rule on other detectors.
+
+    Pairs without overlap are forbidden: to an object that no box meets all would come equally
+    close, and be its positives.
+    """
+    iou = box_iou(one.boxes, target["boxes"])
+    return -iou.masked_fill(iou == 0, -float("inf"))
 
 
 def fcos_area_cost(one, target, radius=1.5):

@@ -148,7 +148,7 @@ class RetinaNetLoss(nn.Module):
         index, gt, labels = positives(targets, matches[0])
         deltas, anchors = prediction.raw["deltas"][index], prediction.candidates[index[1]]
         self.positives_average.mul_(0.9).add_(0.1 * max(len(anchors), 1))
-        normaliser = self.positives_average.clone()  # the buffer moves on before backward
+        normaliser = self.positives_average.clone()  # backward may come after the next forward
         total = focal_loss(prediction.logits, index, labels, matches[0])
         l1 = (deltas - get_deltas(anchors, gt)).abs().sum()
         return {"class": total / normaliser / micro_batches, "l1": l1 / normaliser / micro_batches}
@@ -224,7 +224,8 @@ def heat_map(boxes, labels, cells, num_classes, grid):
     boxes: (G, 4) xyxy in cells of the output map   cells: (G, 2) x, y long, the positive of each
     grid: (H, W) of the map   returns (C, H, W)
 
-    Sigma is (2r + 1) / 6, cut off at r cells; where two meet the larger wins.
+    Sigma is (2r + 1) / 6, cut off at r cells; where two meet the larger wins.  The radius is that
+    of sides rounded up, as its authors have it (CenterNet-better does not round).
     """
     H, W = grid
     size = (boxes[:, 2:] - boxes[:, :2]).ceil()
@@ -245,7 +246,8 @@ def heat_map(boxes, labels, cells, num_classes, grid):
 def centernet_loss(prediction, targets, matches, num_objects=None, micro_batches=1):
     """CenterNet's original losses: penalty-reduced focal, L1 on size (0.1) and offset.
 
-    Sizes and offsets are in cells of the output map, and learned at the positives only.
+    Sizes and offsets are in cells of the output map, and learned at the positives only.  The
+    probabilities stay 1e-4 away from 0 and 1, as its authors have them (CenterNet-better: 1e-12).
     """
     C, (H, W) = prediction.logits.shape[2], prediction.raw["heat"].shape[2:]
     stride = prediction.strides[0]

@@ -350,7 +350,10 @@ def candidate_detections(one, scores, accept, k, nms, per_level=1000):
 
 
 def to_original(detections, target):
-    """Detections of a resized image in pixels of its original, clipped, empty boxes dropped."""
+    """Detections of a resized image in pixels of its original, clipped, empty boxes dropped.
+
+    The codes of DETR and CenterNet do not clip.
+    """
     boxes, scores, labels = detections
     h, w = target["size"].tolist()
     original_h, original_w = target["original_size"].tolist()
@@ -473,7 +476,10 @@ def tower(width, depth, norm, bias):
 
 
 def init_heads(parts, init):
-    """Weights of all convolutions by `init`, which changes a tensor in place; biases 0."""
+    """Weights of all convolutions by `init`, which changes a tensor in place; biases 0.
+
+    OneNet's code leaves those of its boxes as PyTorch draws them, within 1 / sqrt(fan-in).
+    """
     for part in parts:
         for m in part.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, DeformConv)):

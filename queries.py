@@ -307,7 +307,7 @@ class DeformableAttention(nn.Module):
 
 
 class DeformableDETR(QueryDetector):
-    """Zhu et al., 2021: DETR on several levels with deformable attention, and sigmoid classes.
+    """Zhu et al., 2020: DETR on several levels with deformable attention, and sigmoid classes.
 
     levels: of the pyramid, counted from the coarsest
     refine: each decoder layer corrects the boxes of the one before, with heads of its own
@@ -512,7 +512,7 @@ class Stage(nn.Module):
 
 
 class SparseRCNN(QueryDetector):
-    """Sun et al., 2021b: learned proposal boxes and features, refined in stages (`layers`).
+    """Sun et al., 2020a: learned proposal boxes and features, refined in stages (`layers`).
 
     dynamic: inner width of the dynamic convolution
     roi_size: side of the boxes that are cut from the third level, P4 (for images of 800 pixels)

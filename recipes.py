@@ -39,7 +39,8 @@ EVERYWHERE = {
     "many_weight": [1.0, 1.0], "many_detach": False,
     "flip": 0.5, "crop": 0.0, "square": 0, "colours": 0.0, "shift": 0, "round_down": False,
     "skip_empty": False, "drop_bad_boxes": False,
-    "accumulate": 1, "backbone_lr_factor": 1.0, "weight_decay": 1e-4, "momentum": 0.9,
+    "accumulate": 1, "backbone_lr_factor": 1.0, "weight_decay": 1e-4, "spare_norms": True,
+    "momentum": 0.9,
     "warmup_steps": 0, "warmup_factor": 0.01, "milestones": [], "clip_grad": 0.0,
     "freeze": "nothing", "seed": 0, "precision": "fp32", "eval_every": 0, "max_dets": 100,
     "log_every": 20, "checkpoint_every": 500, "keep_checkpoints": [],
@@ -64,7 +65,7 @@ ORIGINAL = {
 # CenterNet with a ResNet-50 as CenterNet-better trains it, which gave the 35.0
 ORIGINAL_CENTERNET = {
     **ORIGINAL, "steps": 126_000, "batch_size": 128, "lr": 0.02, "milestones": [81_000, 108_000],
-    "square": 512, "colours": 0.4, "test_size": 0, "skip_empty": False,
+    "square": 512, "colours": 0.4, "test_size": 0, "spare_norms": False,
 }
 # DETR's and Deformable DETR's main.py: 300 and 50 epochs; both resize in DETR's way
 DETR = {
@@ -281,8 +282,9 @@ def add_optimisation_flags(g):
     g.add_argument("--backbone-lr-factor", **X, help="the backbone's learning rate is this times "
                    "--lr (default 1)")
     g.add_argument("--weight-decay", **X, help="default 1e-4 (0.1: RetinaNet and CenterNet on "
-                   "scenes, query detectors on all small data, all on crowd); SGD spares norm "
-                   "layers, as published")
+                   "scenes, query detectors on all small data, all on crowd)")
+    g.add_argument("--spare-norms", **YES, help="SGD: no weight decay on norm layers (default, but "
+                   "for coco's one-to-many CenterNet; as published)")
     g.add_argument("--momentum", **X, help="of SGD (default 0.9)")
     g.add_argument("--schedule", choices=("step", "one-cycle"), help="step: linear warm-up, then a "
                    "tenth at each milestone; one-cycle: up for a tenth, then down a cosine")
@@ -443,7 +445,7 @@ def not_concerned(name, flags):
             or rule == "one-to-many-iou" and name in ("cost", "class_cost")):
         judged = "the area of boxes around points" if "points" in rule else "IoU alone"
         return f"does not concern --assign {rule}, which judges {judged}"
-    if name == "momentum" and flags["optimizer"] != "sgd":
+    if name in ("momentum", "spare_norms") and flags["optimizer"] != "sgd":
         return f"does not concern --optimizer {flags['optimizer']}; it goes with sgd"
     if name in ("warmup_steps", "warmup_factor", "milestones") and flags["schedule"] != "step":
         return f"does not concern --schedule {flags['schedule']}; it goes with step"

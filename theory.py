@@ -18,7 +18,10 @@ What the paper states, in our words, and where it is checked:
     Theorem 4.3  If the step size can always be chosen so that an inequality holds (`assumption`),
         the number of updates is bounded: exactly one positive prediction is reached.
     Remark 4.4  A fixed positive need not be separable from the rest by a line; then no number of
-        updates is enough.  (In the runs here the classifier then swings between none and many.)
+        updates is enough.  (The paper: the perceptron may then come to the classifier of fewest
+        errors, and predict many positives.  In the runs here it comes to none, but swings between
+        no positive prediction and many; where the positive lies inside, no prediction at all would
+        be but one error.)
 
 The bound that Theorem 4.3 prints cannot be read in our copy of the paper, so it is not here.  What
 follows from its assumption can be derived in three lines, and is checked at every step (`grows`):

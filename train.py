@@ -123,7 +123,8 @@ def make_optimizer(model, flags, device):
             of_backbone = name.startswith("backbone.")
             slow = any(part in name for part in model.slow_parameters)
             factor = flags["backbone_lr_factor"] if of_backbone else 0.1 if slow else 1.0
-            decay = 0.0 if sgd and id(p) in norms else flags["weight_decay"]
+            spared = sgd and flags["spare_norms"] and id(p) in norms
+            decay = 0.0 if spared else flags["weight_decay"]
             groups.setdefault((factor, decay, of_backbone), []).append(p)
 
     groups = [{"params": params, "lr": flags["lr"] * factor, "peak": flags["lr"] * factor,

@@ -146,7 +146,8 @@ def test_box_costs_agree_with_a_slow_loop():
     torch.testing.assert_close(assign.giou_cost(boxes, gt),
                                every_pair(lambda q, a, b: -slow_giou(a, b), boxes, gt))
     iou = assign.predicted_iou_cost(Prediction(None, boxes), {"boxes": gt})
-    torch.testing.assert_close(iou, -box_iou(boxes, gt))
+    assert ((iou == INF) == (box_iou(boxes, gt) == 0)).all()
+    torch.testing.assert_close(iou.nan_to_num(posinf=0.0), -box_iou(boxes, gt))
 
 
 def test_l1_cost_by_hand():
@@ -382,6 +383,17 @@ def test_two_twins_and_one_obvious_prediction():
     assert as_set(*hungarian(cost)) == {(0, 0), (1, 1)}
 
 
+@pytest.mark.parametrize("size", [9_999.0, 1e30])
+def test_what_costs_much_is_not_forbidden(size):
+    """level_cost adds 9,999 and promises that every object still gets a point."""
+    cost = size + size * torch.rand(50, 2, generator=torch.Generator().manual_seed(0))
+    prediction, object_ = hungarian(cost)
+    assert sorted(object_.tolist()) == [0, 1]
+    assert sorted(cost[prediction, object_].tolist()) == sorted(cost.amin(0).tolist())
+    cost[:, 0] = INF
+    assert hungarian(cost)[1].tolist() == [1]
+
+
 @given(small_costs([-3.0, -1.0, 0.0, 1.0, INF]).filter(lambda cost: len(cost) > 0))
 def test_min_cost_takes_every_objects_cheapest_prediction(cost):
     """numpy's arg-min of every column that holds an allowed pair."""
@@ -422,6 +434,13 @@ def test_one_to_many_iou_is_torchvisions_matcher_at_its_limits(cost):
     all predictions that tie for an object's best are positive.
     """
     assert as_matcher(cost) == retinanet_answer(-cost)
+
+
+def test_an_object_that_no_predicted_box_meets_gets_none_of_them():
+    boxes = torch.tensor([[0.0, 0, 9, 9], [4, 4, 9, 9], [20, 20, 30, 30]])
+    gt = torch.tensor([[0.0, 0, 9, 9], [50, 50, 60, 60]])
+    cost = assign.predicted_iou_cost(Prediction(None, boxes), {"boxes": gt})
+    assert as_matcher(cost) == [0, -1, -1]
 
 
 @given(small_costs([1.0, 2.0, 5.0, INF]))
@@ -760,6 +779,15 @@ def test_the_hungarian_answer_is_exact_in_other_precisions(kind):
     rows, columns = linear_sum_assignment(cost.double().numpy())
     assert float(cost.double()[q, g].sum()) == pytest.approx(
         cost.double().numpy()[rows, columns].sum(), abs=1e-9)
+
+
+def test_infinite_boxes_are_told_and_not_taken_for_forbidden_ones():
+    """The network has diverged; a cost of +inf would leave the image without positives."""
+    one = Prediction(torch.zeros(1, 4, 2), torch.full((1, 4, 4), INF))
+    target = {"boxes": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([1]),
+              "size": torch.tensor([32, 32]), "image_id": 7}
+    with pytest.raises(assign.AssignError, match="image 7: .*the network's output does too"):
+        match(one, [target], assign.matching_cost, hungarian)
 
 
 def test_a_cost_of_minus_infinity_is_told_as_one():

@@ -95,7 +95,7 @@ USES = {
 every_loss = pytest.mark.parametrize("name", USES)
 
 
-def compute(name, prediction, targets, matches, outputs, grid=GRID):
+def compute(name, prediction, targets, matches, outputs, grid=GRID, micro_batches=1):
     """The sum of a loss's terms, with `outputs` in the place of what the network computed."""
     raw = {**prediction.raw, **outputs}
     prediction = dataclasses.replace(prediction, logits=raw["logits"], boxes=raw["boxes"], raw=raw)
@@ -109,7 +109,7 @@ def compute(name, prediction, targets, matches, outputs, grid=GRID):
     if name == "centernet":
         prediction, matches = on_map(prediction, targets, grid)
     num_objects = max(1, sum(len(m.prediction) for m in matches[0]))
-    return sum(loss(prediction, targets, matches, num_objects).values())
+    return sum(loss(prediction, targets, matches, num_objects, micro_batches).values())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -458,6 +458,23 @@ def test_losses_and_gradients_are_finite(name, counts, exponent, place, saturati
     assert loss.isfinite()
     for key, value in outputs.items():
         assert value.grad.isfinite().all(), f"the gradient of {key} is not finite"
+
+
+@every_loss
+def test_a_micro_batch_of_four_weighs_a_quarter_unless_the_step_divides_by_all_objects(name):
+    """set_loss divides by the objects of the whole step, the others by what their part holds."""
+    whole, quarter = (compute(name, *batch(), {}, micro_batches=n) for n in (1, 4))
+    assert quarter.item() == pytest.approx(whole.item() / (1 if name == "set" else 4))
+
+
+def test_the_class_loss_of_detr_is_the_mean_of_micro_batches():
+    """Its weights are normalised in each part; L1 and GIoU by the objects of the whole step."""
+    prediction, targets, matches = batch()
+    prediction.softmax = True
+    whole, quarter = (losses.set_loss(prediction, targets, [matches], 5.0, n) for n in (1, 4))
+    parts = {"class": 4, "l1": 1, "giou": 1}
+    for term, value in whole.items():
+        assert quarter[term].item() == pytest.approx(value.item() / parts[term])
 
 
 @every_loss

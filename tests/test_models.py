@@ -129,6 +129,12 @@ def test_get_deltas_is_the_inverse_of_apply_deltas(rows):
     torch.testing.assert_close(again, deltas)
 
 
+def test_delta_weights_divide_what_the_head_says():
+    model = small("retinanet", delta_weights=(10.0, 10.0, 5.0, 5.0))
+    constant(model.delta, [10.0, 20, 5, 10] * 9)
+    assert (run(model).raw["deltas"] == torch.tensor([1.0, 2, 1, 2])).all()
+
+
 def test_a_huge_delta_gives_62_times_the_anchor():
     box = models.apply_deltas(torch.tensor([[0.0, 0, 16, 16]]), torch.tensor([[0.0, 0, 1e4, 0]]))
     assert box[0].tolist() == pytest.approx([8 - 500, 0, 8 + 500, 16], rel=1e-5)
@@ -281,6 +287,53 @@ def test_an_untrained_detector_finds_nothing(detector, original):
 # ------------------------------------------------------------------------------------------------
 # necks and backbones
 # ------------------------------------------------------------------------------------------------
+
+def is_xavier(weight):
+    """Uniform within sqrt(6 / (fan-in + fan-out)) (Glorot and Bengio, 2010)."""
+    cell = weight[0, 0].numel() if weight.dim() > 2 else 1
+    bound = math.sqrt(6 / (cell * (weight.shape[0] + weight.shape[1])))
+    return (0.9 * bound < weight.abs().max() <= bound
+            and weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1))
+
+
+def is_normal(weight):
+    """Normal with a deviation of 0.01 (Lin et al., 2017b, 4.1)."""
+    return (weight.std().item() == pytest.approx(0.01, rel=0.1)
+            and 0.025 < weight.abs().max() < 0.06)
+
+
+@pytest.mark.parametrize("detector, original, start", [
+    ("retinanet", False, is_xavier), ("retinanet", True, is_normal), ("fcos", False, is_xavier),
+    ("fcos", True, is_normal), ("centernet", False, is_xavier)])
+def test_heads_start_as_published(detector, original, start):
+    """The classes so unlikely that the focal loss of all negatives is small: a score of 0.01."""
+    slim = ({"neck_widths": (32, 32, 32)} if detector == "centernet"
+            else {"width": 64, "depth": 2})
+    model = small(detector, original, num_classes=8, **slim)
+    heads = [part for name, part in model.named_children() if name != "backbone"
+             and not (name == "neck" and detector != "centernet")]
+    convolutions = [m for part in heads for m in part.modules()
+                    if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
+    assert len(convolutions) >= 5 and all(start(m.weight) for m in convolutions)
+    assert torch.allclose(model.score.bias.sigmoid(), torch.tensor(0.01))
+    assert all((m.bias == 0).all() for m in convolutions
+               if m.bias is not None and m is not model.score)
+
+
+def test_a_pyramid_starts_uniform_by_its_fan_in():
+    """Within sqrt(3 / fan-in), biases 0, as detectron2's (c2_xavier_fill)."""
+    for m in models.FPN(models.Tiny(), 64, extra=2, extra_from="c5").modules():
+        if isinstance(m, torch.nn.Conv2d):
+            bound = math.sqrt(3 / m.weight[0].numel())
+            assert 0.9 * bound < m.weight.abs().max() <= bound and (m.bias == 0).all()
+
+
+def test_the_stride_of_msras_bottlenecks_lies_in_their_first_convolution():
+    for stride_in_1x1 in (False, True):
+        for layer in models.ResNet("resnet50", stride_in_1x1=stride_in_1x1).stages()[1:]:
+            strides = layer[0].conv1.stride, layer[0].conv2.stride
+            assert strides == (((2, 2), (1, 1)) if stride_in_1x1 else ((1, 1), (2, 2)))
+
 
 @pytest.mark.parametrize("extra_from", ["c5", "p5"])
 def test_fpn_is_torchvisions(extra_from):
@@ -511,9 +564,24 @@ def test_bfloat16_ends_before_logits_and_boxes(detector, original):
     torch.testing.assert_close(prediction.logits, expected.logits, atol=0.2, rtol=0.05)
 
 
+@pytest.mark.parametrize("pixels, red", [
+    ("rgb", [(255 - 123.675) / 58.395, -116.28 / 57.12, -103.53 / 57.375]),
+    ("bgr", [-103.53, -116.28, 255 - 123.675]),
+    ("bgr-unit", [-0.408 / 0.289, -0.447 / 0.274, (1 - 0.470) / 0.278])])
+def test_a_red_picture_reaches_the_backbone_as_its_weights_know_it(pixels, red):
+    """Shares of 255, in the published order; nothing under the mask."""
+    model = models.Detector(lambda x: x, pixels)
+    mask = torch.zeros(1, 4, 6, dtype=torch.bool)
+    mask[:, :, 5:] = True
+    picture = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 6)
+    seen = model.features(picture, mask)
+    torch.testing.assert_close(seen[0, :, 0, 0], torch.tensor(red), rtol=1e-5, atol=0)
+    assert (seen[..., :5] == seen[..., :1, :1]).all() and (seen[..., 5:] == 0).all()
+
+
 @every_detector
 def test_padding_shows_the_mean_colour(detector):
-    """What lies under the mask does not matter: it is zero after normalisation."""
+    """What lies under the mask does not matter."""
     model = small(detector)
     images = torch.randint(0, 256, (2, 2, 3, 64, 96), dtype=torch.uint8)
     mask = torch.zeros(2, 64, 96, dtype=torch.bool)

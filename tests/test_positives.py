@@ -110,6 +110,46 @@ def test_a_point_is_on_an_object_or_on_the_background(tmp_path):
     assert not known.on_object(8, (100, 80), at).any()
 
 
+def test_a_row_of_two_pictures_counted_by_hand(tmp_path):
+    """Gaps 0.3, 0.7, 0.05: the median 0.3.  The positives are the 3rd, the 1st, the 2nd and the 1st
+    of their classes: 1.5 makes PyTorch the lower one, 1.  Four positives of three objects.  Three
+    of the four points lie on the squares."""
+    square = [0, 0, 12, 0, 12, 12, 0, 12]
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": [
+        {"image_id": 1, "segmentation": [square]}, {"image_id": 2, "segmentation": [square]}]}))
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 5], [50, 50, 60, 60]])
+    scores = torch.tensor([[[0.9, 0.1], [0.6, 0.1], [0.8, 0.1], [0.2, 0.7]],
+                           [[0.30, 0.1], [0.35, 0.1], [0.2, 0.1], [0.1, 0.1]]])
+    at = torch.tensor([[5.0, 5], [6, 6], [8, 8], [55, 55]])
+    prediction = Prediction(logit(scores), boxes.expand(2, 4, 4), torch.cat([at, at], 1),
+                            torch.full((4,), 8.0))
+    targets = [target([[0, 0, 10, 10], [50, 50, 60, 60]], [0, 1], image=1),
+               target([[0, 0, 10, 10]], [0], image=2)]
+    matches = [[match([1, 3], [0, 1]), match([0, 1], [0, 0])]]
+    row = positives.Watch(positives.Silhouettes(tmp_path / "a.json")).row(prediction, targets,
+                                                                          matches)
+    assert row == {"gap": pytest.approx(0.3), "rank": 1, "positives": pytest.approx(4 / 3),
+                   "shared": 0, "moved": None, "background": pytest.approx(25), "agreed": None}
+
+
+def test_of_three_predictions_the_second_score_counts():
+    boxes = torch.tensor([[0.0, 0, 10, 10]] * 3)
+    one = Prediction(logit([[0.9], [0.2], [0.7]]), boxes)
+    assert positives.score_gaps(one, target([[0, 0, 10, 10]], [0])).tolist() == [
+        pytest.approx(0.2)]
+
+
+def test_between_two_levels_the_coarser_grid_says_what_a_step_is():
+    """15 pixels are less than a step of 16, in whichever order the two were met."""
+    objects = target([[0, 0, 50, 50]], [0])
+    for order in ([0, 1], [1, 0]):
+        watch, prediction = positives.Watch(), points([[10, 10], [25, 10]])
+        prediction.strides = torch.tensor([8.0, 16.0])
+        for q in order:
+            watch.note(prediction, [objects], [match([q], [0])])
+        assert watch.state["compared"] == 1 and watch.state["moved"] == 0
+
+
 def test_a_positive_moved_if_it_lies_more_than_a_stride_away():
     watch, objects = positives.Watch(), target([[0, 0, 50, 50], [50, 50, 99, 99]], [0, 0])
     prediction = points([[10, 10], [20, 10], [31, 10], [60, 60]])

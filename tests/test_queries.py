@@ -17,6 +17,7 @@ import losses
 import queries
 from assign import Match
 from models import Prediction
+from test_models import is_xavier
 
 every_query_detector = pytest.mark.parametrize("detector",
                                                ["detr", "deformable-detr", "sparse-rcnn"])
@@ -174,6 +175,27 @@ def test_deformable_attention_begins_as_a_star():
         for point in range(4):
             expected = [(point + 1) * d for d in direction * 2]
             assert star[head, :, point].flatten().tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_query_detectors_start_as_published():
+    """Transformers Xavier, sigmoid classes at 0.01; Deformable DETR's boxes around their reference
+    points, an eighth of the picture (sigmoid of -2); Sparse R-CNN's the whole picture."""
+    wide = {"width": 64, "hidden": 96}
+    detr, deformable = (small(name, **wide) for name in ("detr", "deformable-detr"))
+    for part in (detr.encoder, detr.decoder):
+        assert all(is_xavier(p) for p in part.parameters() if p.dim() > 1)
+    feed_forward = [layer.feed_forward for layer in [*deformable.encoder, *deformable.decoder]]
+    assert all(is_xavier(p) for part in feed_forward for p in part.parameters() if p.dim() > 1)
+    for score, box in zip(deformable.score, deformable.box):
+        assert torch.allclose(score.bias.sigmoid(), torch.tensor(0.01))
+        assert (box[-1].weight == 0).all() and box[-1].bias.tolist() == [0, 0, -2, -2]
+
+    sparse = checkpoints.build("sparse-rcnn", 3, "tiny", **wide, queries=5, layers=2)
+    assert sparse.boxes.weight.tolist() == [[0.5, 0.5, 1, 1]] * 5
+    for stage in sparse.stages:
+        assert torch.allclose(stage.score.bias.sigmoid(), torch.tensor(0.01))
+        linear = [m.weight for m in stage.modules() if isinstance(m, torch.nn.Linear)]
+        assert all(is_xavier(weight) for weight in linear if len(weight) > 4)
 
 
 @pytest.mark.parametrize("shift, first", [

@@ -35,7 +35,7 @@ PUBLISHED = {
         steps=90_000, batch_size=16, optimizer="sgd", momentum=0.9, lr=0.01, weight_decay=1e-4,
         milestones=[60_000, 80_000], warmup_steps=1000, warmup_factor=0.001, clip_grad=0,
         train_sizes=list(range(640, 801, 32)), train_longest=1333, crop=0, flip=0.5,
-        square=0, colours=0, skip_empty=True, test_size=800, test_longest=1333),
+        square=0, colours=0, skip_empty=True, test_size=800, test_longest=1333, spare_norms=True),
     ("fcos", True): dict(
         steps=90_000, batch_size=16, optimizer="sgd", lr=0.01,
         milestones=[60_000, 80_000], clip_grad=0,
@@ -43,7 +43,8 @@ PUBLISHED = {
     ("centernet", True): dict(
         steps=126_000, batch_size=128, optimizer="sgd", lr=0.02, weight_decay=1e-4,
         milestones=[81_000, 108_000], warmup_steps=1000, clip_grad=0,
-        square=512, colours=0.4, crop=0, flip=0.5, test_size=0, deform=True),
+        square=512, colours=0.4, crop=0, flip=0.5, test_size=0, deform=True, skip_empty=True,
+        spare_norms=False),
     ("detr", False): dict(
         steps=554_400, batch_size=64, optimizer="adamw", lr=1e-4, backbone_lr_factor=0.1,
         weight_decay=1e-4, clip_grad=0.1, milestones=[369_600], warmup_steps=0,

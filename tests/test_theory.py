@@ -47,13 +47,42 @@ def test_proposition_4_2_holds_at_every_step_and_the_score_gap_is_twice_its_marg
 
 @pytest.mark.parametrize("d", [2, 4, 16])
 def test_where_the_assumption_holds_w_w_star_grows_by_more_than_two_eta_delta(d):
-    held = 0
+    """Its growth, computed anew, is the derivation's: 2 eta y (w x + gamma) and the assumption."""
+    held, eta = 0, 0.1
     for seed in range(20):
         x, w, rng = theory.start(seed, 60, d)
         path = theory.perceptron(x, w, theory.highest, STEP, rng)
-        assert all(grew for assumed, grew in zip(path.assumed, path.grew) if assumed)
+        for w, v, assumed, grew in zip(path.w, path.w[1:], path.assumed, path.grew):
+            (gamma, delta), (gamma_next, _) = theory.feasible(x, w), theory.feasible(x, v)
+            growth = v[:-1] @ v[:-1] + v[-1] * gamma_next - w[:-1] @ w[:-1] - w[-1] * gamma
+            y = np.sign((v - w)[-1])
+            sample = (v - w) / (eta * y)
+            value = theory.assumption(sample, y, eta, w[-1], gamma, gamma_next)
+            assert growth == pytest.approx(2 * eta * y * (w[:-1] @ sample[:-1] + gamma) + value)
+            assert assumed == (value > 0) and grew == (growth > 2 * eta * delta)
+            assert grew or not assumed
         held += sum(path.assumed)
     assert held > 20                                     # the line above was asked
+
+
+def test_samples_fill_the_ball_evenly():
+    """Half of them within the radius of half the volume."""
+    for d in (2, 4, 16):
+        x = theory.ball(np.random.default_rng(0), 20_000, d)[1:, :-1]
+        inside = np.linalg.norm(x, axis=1) < 0.5 ** (1 / d)
+        assert inside.mean() == pytest.approx(0.5, abs=0.02)
+        assert np.abs(x.mean(0)).max() < 0.02
+
+
+def test_without_a_generator_the_first_misclassified_sample_is_taken_and_with_one_any():
+    x, w, _ = theory.start(1, 60, 2)
+    first = theory.perceptron(x, w, theory.highest, STEP, most=1)
+    drawn = {tuple(theory.perceptron(x, w, theory.highest, STEP, np.random.default_rng(n),
+                                     most=1).w[-1]) for n in range(20)}
+    wrong = np.flatnonzero((x @ w > 0) != (np.arange(60) == (x @ w).argmax()))
+    y = 1 if wrong[0] == (x @ w).argmax() else -1
+    np.testing.assert_allclose(first.w[1], w + 0.1 * y * x[wrong[0]])
+    assert len(drawn) > 2
 
 
 @pytest.mark.parametrize("d", [2, 4, 16])

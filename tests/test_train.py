@@ -14,9 +14,11 @@ import torch
 import torchvision
 
 import assign
+import checkpoints
 import evaluate
 import losses
 import models
+import recipes
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -294,6 +296,72 @@ def test_every_kind_of_detector_trains_in_two_processes(
     here, there = (json.loads((tmp_path / run / "detections.json").read_text())
                    for run in ("run", "again"))
     assert [d["score"] for d in here] == pytest.approx([d["score"] for d in there], abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------
+# learning rate, weight decay, clipping
+# ------------------------------------------------------------------------------------------------
+
+def in_force(*words):
+    return recipes.effective_flags(vars(recipes.make_parser().parse_args(words)))[0]
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--data", "coco"], {0: 0.01, 500: 0.505, 1000: 1, 209_999: 1, 210_000: 0.1, 250_000: 0.01}),
+    (["--data", "coco", "--assign", "one-to-many"],
+     {0: 0.001, 500: 0.5005, 59_999: 1, 60_000: 0.1, 80_000: 0.01}),
+    (["--data", "coco", "--detector", "detr"], {0: 1, 369_599: 1, 369_600: 0.1}),
+    (["--steps", "1000"], {0: 0.01, 49: 0.5, 99: 1, 100: 1, 550: 0.5, 775: 0.5 - 0.5 ** 1.5,
+                           1000: 0})],
+    ids=["OneNet", "detectron2", "DETR", "one-cycle"])
+def test_the_learning_rate_follows_the_published_schedule(words, expected):
+    """Up on a straight line, then a tenth at each milestone; or up for a tenth, down a cosine."""
+    found = {step: train.lr_factor(step, in_force(*words)) for step in expected}
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def groups_of(detector, *words):
+    """{name of a parameter: (learning rate, weight decay)} as the optimiser of a recipe has it."""
+    flags = in_force("--detector", detector, *words, "--backbone", "tiny",
+                     "--backbone-weights", "none")
+    model = checkpoints.build(**recipes.build_arguments(flags, 3))
+    optimizer = train.make_optimizer(model, flags, "cpu")
+    of = {id(p): (group["peak"], group["weight_decay"]) for group in optimizer.param_groups
+          for p in group["params"]}
+    return {name: of[id(p)] for name, p in model.named_parameters()}
+
+
+def test_deformable_detr_learns_where_it_looks_and_its_backbone_at_a_tenth_of_the_rate():
+    """2e-4, and 2e-5 for backbone, reference points and sampling offsets; AdamW decays all."""
+    for name, rate_and_decay in groups_of("deformable-detr", "--data", "coco").items():
+        slow = name.startswith("backbone") or "reference_points" in name or "offset" in name
+        assert rate_and_decay == (pytest.approx(2e-5 if slow else 2e-4), 1e-4), name
+
+
+@pytest.mark.parametrize("detector, more, spared", [
+    ("retinanet", [], True), ("retinanet", ["--no-spare-norms"], False), ("centernet", [], False)])
+def test_sgd_spares_norms_where_the_published_code_does(detector, more, spared):
+    """detectron2's WEIGHT_DECAY_NORM is 0; CenterNet-better knows its batch norms by no name."""
+    slim = ["--neck-widths", "16", "16", "16"] if detector == "centernet" else ["--width", "32"]
+    found = groups_of(detector, "--data", "coco", "--assign", "one-to-many", *slim, *more)
+    norms = {name for name in found if "norm" in name or "stem.1" in name}
+    assert len(norms) > 4
+    for name, (_, decay) in found.items():
+        assert decay == (0 if spared and name in norms else 1e-4), name
+
+
+def test_clipping_limits_the_norm_of_the_whole_gradient(tiny_scenes, tmp_path, descent):
+    """A step of gradient descent then moves the weights by the learning rate times that norm."""
+    once = {**descent, "steps": 1}
+    for name, more in (("still", {"lr": 1e-30}), ("free", {}), ("cut", {"clip-grad": 0.5})):
+        train.main(flags(tiny_scenes, out=tmp_path / name, **{**once, **more}))
+    start, free, cut = (weights(tmp_path / name)["model"] for name in ("still", "free", "cut"))
+
+    def way(end):
+        return sum(((end[name] - start[name]) ** 2).sum() for name in start).sqrt().item()
+
+    assert way(cut) == pytest.approx(0.01 * 0.5, rel=1e-3)
+    assert way(free) > 2 * way(cut)
 
 
 def test_micro_batches_add_up_to_the_same_step(tiny_scenes, tmp_path, descent):
