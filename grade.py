@@ -325,9 +325,10 @@ def effect(out, words):
             raise AssignError(f"the run in {out} failed; its last line says why")
     flags = json.loads((Path(out) / "args.json").read_text())
     asked = vars(recipes.make_parser().parse_args(words))
-    if (flags["data_dir"], flags["seed"]) != (asked["data_dir"], asked["seed"] or 0):
+    pictures = flags.get("data_dir")                     # None: not given
+    if (pictures, flags["seed"]) != (asked["data_dir"], asked["seed"] or 0):
         raise AssignError(f"{out} holds a run of --seed {flags['seed']} on the pictures of "
-                          f"{flags['data_dir'] or 'data/scenes'}; remove it to train anew")
+                          f"{pictures or 'data/scenes'}; remove it to train anew")
     truth = data.read(flags, "val")
     detections = evaluate.read_results(Path(out) / "detections.json")
     found = evaluate.diagnose(truth, detections, flags["max_dets"])

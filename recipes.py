@@ -159,9 +159,10 @@ RECIPES["crowdhuman"] = {
     # nobody published these: COCO's recipes, for 50 epochs of CrowdHuman (DETR 300)
     "centernet": {**RECIPES["coco"]["centernet"], "steps": 11_719, "milestones": [9_375]},
     "centernet one-to-many": {**ORIGINAL_CENTERNET, "steps": 5_859, "milestones": [3_767, 5_022]},
-    "detr": {**DETR, "steps": 70_313, "milestones": [46_875], "queries": 500},
+    "detr": {**DETR, "steps": 70_313, "milestones": [46_875], "queries": 500,
+             "test_longest": 1333},
     "deformable-detr": {**DEFORMABLE_DETR, "steps": 23_438, "milestones": [18_750],
-                        "queries": 500},
+                        "queries": 500, "test_longest": 1333},
 }
 
 
@@ -278,7 +279,8 @@ def add_optimisation_flags(g):
     g.add_argument("--optimizer", choices=("adamw", "sgd"),
                    help="default adamw; the published one-to-many recipes use sgd")
     g.add_argument("--lr", **X, help="peak learning rate (scenes: 1e-3, RetinaNet and CenterNet "
-                   "2e-3, query detectors 5e-4, Deformable DETR 1e-3; coco: as published)")
+                   "2e-3, DETR 5e-4, Deformable DETR and Sparse R-CNN 1e-3; coco: as "
+                   "published)")
     g.add_argument("--backbone-lr-factor", **X, help="the backbone's learning rate is this times "
                    "--lr (default 1)")
     g.add_argument("--weight-decay", **X, help="default 1e-4 (0.1: RetinaNet and CenterNet on "
@@ -304,16 +306,18 @@ def add_picture_flags(g):
     g.add_argument("--test-longest", **N, help="limit of the longer side in evaluation")
     g.add_argument("--round-down", **YES, help="resize as DETR does, the longer side rounded down")
     g.add_argument("--flip", **X, help="probability of a horizontal flip (default 0.5)")
-    g.add_argument("--crop", **X, help="probability of DETR's resize-crop-resize (coco: 0.5)")
+    g.add_argument("--crop", **X, help="probability of DETR's resize-crop-resize (coco, but "
+                   "one-to-many: 0.5)")
     g.add_argument("--square", **N, help="cut squares of random place and size and scale them to N "
-                   "pixels instead, as the original CenterNet does (coco: 512; else 0, off)")
+                   "pixels instead, as the original CenterNet does (coco, CenterNet one-to-many: "
+                   "512; else 0, off)")
     g.add_argument("--colours", **X, help="vary brightness, contrast and saturation by up to this "
                    "share (coco, CenterNet one-to-many: 0.4)")
     g.add_argument("--shift", **N, help="move each picture by up to N pixels, right or left and up "
                    "or down; one colour fills the gap (scenes, crowd, custom: 12, "
                    "else 0)")
     g.add_argument("--skip-empty", **YES, help="leave pictures without objects out of training "
-                   "(coco, one-to-many RetinaNet and FCOS: yes)")
+                   "(coco, one-to-many: yes)")
     g.add_argument("--workers", **N, help="processes that read pictures, per training process "
                    "(coco, crowdhuman: 4, else 0)")
 
@@ -449,6 +453,10 @@ def not_concerned(name, flags):
         return f"does not concern --optimizer {flags['optimizer']}; it goes with sgd"
     if name in ("warmup_steps", "warmup_factor", "milestones") and flags["schedule"] != "step":
         return f"does not concern --schedule {flags['schedule']}; it goes with step"
+    if name in ("train_sizes", "train_longest") and flags["square"]:
+        return f"does not concern --square {flags['square']}, which scales to its own size"
+    if name == "test_longest" and not flags["test_size"]:
+        return "does not concern --test-size 0, which keeps each picture's size"
     if name == "freeze" and not checkpoints.detector_class(detector, one_to_many).class_branch:
         return (f"does not concern {detector}; it goes with retinanet and fcos, which have a "
                 f"sub-net for the classes")
@@ -588,7 +596,7 @@ def check_flags(flags, world):
         for value in given if type(given) is list else [given]:
             if not low <= value <= high:     # also what is not a number
                 raise UsageError(f"{flag(name)} {value}: must be from {low} to {high}")
-    if not flags["train_sizes"]:
+    if flags.get("train_sizes") == []:
         raise UsageError("--train-sizes: at least one size is wanted")
     if flags.get("freeze") == "location" and not flags.get("init"):
         raise UsageError("--freeze location wants --init, a detector whose boxes are to stay")
@@ -596,10 +604,11 @@ def check_flags(flags, world):
         raise UsageError(f"--neck-widths {flags['neck_widths']}: at most three steps lead up from "
                          f"stride 32")
     for sizes, longest in (("train_sizes", "train_longest"), ("test_size", "test_longest")):
-        largest = max(flags[sizes]) if sizes == "train_sizes" else flags[sizes]
-        if largest and flags[longest] and largest > flags[longest]:
+        given, limit = flags.get(sizes, 0), flags.get(longest, 0)
+        largest = max(given) if type(given) is list else given
+        if largest and limit and largest > limit:
             raise UsageError(f"{flag(sizes)} {largest}: no shorter side can be longer than the "
-                             f"longer one, {flag(longest)} {flags[longest]}; give both")
+                             f"longer one, {flag(longest)} {limit}; give both")
     if flags["batch_size"] % (world * flags["accumulate"]):
         raise UsageError(f"--batch-size {flags['batch_size']}: must be a multiple of {world} "
                          f"process(es) x {flags['accumulate']} micro-batch(es)")

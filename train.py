@@ -62,9 +62,10 @@ def open_data(flags, process):
     if not (~train_set.crowd).any():
         raise annotations.DataError(f"{train_set.json_file}: holds no boxes to learn from")
 
-    augment = data.Transform(flags["train_sizes"], flags["train_longest"], flags["flip"],
-                             flags["crop"], flags["round_down"], square=flags["square"],
-                             colours=flags["colours"], shift=flags["shift"])
+    augment = data.Transform(flags.get("train_sizes", []), flags.get("train_longest"),
+                             flags["flip"], flags["crop"], flags["round_down"],
+                             square=flags["square"], colours=flags["colours"],
+                             shift=flags["shift"])
     return (data.Pictures(train_set, augment, flags["seed"]),
             data.Pictures(val_set, data.Transform(**test_transform(flags))))
 
@@ -72,7 +73,7 @@ def open_data(flags, process):
 def test_transform(flags):
     """How pictures are resized in evaluation; it travels in the checkpoint."""
     return {"shortest": [flags["test_size"]] if flags["test_size"] else [],
-            "longest": flags["test_longest"], "round_down": flags["round_down"]}
+            "longest": flags.get("test_longest"), "round_down": flags["round_down"]}
 
 
 def build_model(flags, checkpoint, classes, process):
@@ -308,7 +309,8 @@ def open_folder(flags, checkpoint, given, train_pictures, process):
     if of_backbone := checkpoints.backbone_digest(flags["backbone_weights"]):
         versions["backbone_weights_sha256"] = of_backbone
     runs.write_json(out / "args.json",
-                    {**flags, "versions": versions, "processes": process.world}, indent=1)
+                    {**flags, "device": str(process.device), "versions": versions,
+                     "processes": process.world}, indent=1)
     if not checkpoint:
         figures.training_pictures(train_pictures, out / "training.png")
     first_step = checkpoint["step"] if checkpoint else 0

@@ -166,6 +166,22 @@ def test_each_grading_trains_a_run_of_its_own_as_the_rule_or_as_that_of_a_second
                                                    "--many", "6"])]
 
 
+def test_a_run_on_the_default_pictures_is_read(tiny_scenes, tmp_path, monkeypatch):
+    """As the README has it, without --data-dir: data/scenes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grade, "STEPS", 1)
+    Path("data").mkdir()
+    Path("data/scenes").symlink_to(tiny_scenes)
+    words = ["--width", "16", "--depth", "1", "--batch-size", "4"]
+    first = grade.effect("runs/g", words)
+    assert grade.effect("runs/g", words) == first
+    # the device that was chosen is told too
+    device = json.loads(Path("runs/g/args.json").read_text())["device"]
+    assert device.startswith("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(AssignError, match="of --seed 0 on the pictures of data/scenes"):
+        grade.effect("runs/g", [*words, "--data-dir", "data/scenes18"])
+
+
 def test_a_finished_run_is_read_and_not_trained_again(tiny_scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(grade, "STEPS", 2)
     words = ["--data-dir", str(tiny_scenes), "--width", "16", "--depth", "1", "--batch-size", "4"]
