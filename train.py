@@ -62,7 +62,7 @@ def open_data(flags, process):
     if not (~train_set.crowd).any():
         raise annotations.DataError(f"{train_set.json_file}: holds no boxes to learn from")
 
-    augment = data.Transform(flags.get("train_sizes", []), flags.get("train_longest"),
+    augment = data.Transform(flags.get("train_sizes", []), flags.get("train_longest", 10 ** 9),
                              flags["flip"], flags["crop"], flags["round_down"],
                              square=flags["square"], colours=flags["colours"],
                              shift=flags["shift"])
@@ -73,7 +73,7 @@ def open_data(flags, process):
 def test_transform(flags):
     """How pictures are resized in evaluation; it travels in the checkpoint."""
     return {"shortest": [flags["test_size"]] if flags["test_size"] else [],
-            "longest": flags.get("test_longest"), "round_down": flags["round_down"]}
+            "longest": flags.get("test_longest", 10 ** 9), "round_down": flags["round_down"]}
 
 
 def build_model(flags, checkpoint, classes, process):

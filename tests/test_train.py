@@ -383,6 +383,21 @@ def test_the_checkpoint_alone_gives_the_same_figures_again(
     assert (again / "detections.json").read_text() == (run / "detections.json").read_text()
 
 
+def test_pictures_of_their_own_size_are_evaluated_and_gone_on_with(tiny_scenes, tmp_path, command):
+    """As the recipe of COCO's one-to-many CenterNet: squares in training, nothing resized after."""
+    words = flags(tiny_scenes, steps=2, out=tmp_path / "run", square=64)
+    for name in ("--train-sizes", "--train-longest", "--test-longest"):
+        at = words.index(name)
+        words[at:at + 2] = []
+    words[words.index("--test-size") + 1] = "0"
+    train.main(words)
+    kept = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert kept["square"] == 64 and not {"train_sizes", "train_longest", "test_longest"} & set(kept)
+    code, out, err = command(evaluate, "--weights", tmp_path / "run", "--device", "cpu")
+    assert code == 0 and out.splitlines()[-1].startswith("AP "), err
+    train.main(["--resume", "--out", str(tmp_path / "run")])
+
+
 def test_without_a_val_split_a_share_is_cut_off_the_same_in_training_and_evaluation(
         tiny_scenes, tmp_path, command):
     """Of 24 pictures a quarter; a pair of flags is taken out of the command line."""
