@@ -8,7 +8,7 @@ A checkpoint of train.py is a dict of plain values and tensors:
     watch                              what positives.Watch remembers
     args                               every flag in force
     class_names, category_ids          the data set's classes, in the order of the scores
-    pictures                           a digest of the training pictures' ids
+    boxes                              a digest of the training pictures' ids and boxes
     test_transform                     how pictures were resized in evaluation
 """
 import contextlib

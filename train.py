@@ -83,7 +83,7 @@ def build_model(flags, checkpoint, classes, process):
         if checkpoint["class_names"] != classes.class_names:
             raise checkpoints.CheckpointError(f"{file} knows the classes "
                                               f"{checkpoint['class_names']}, not those of the data")
-        if checkpoint.get("pictures") not in (None, digest(classes)):    # older ones have none
+        if checkpoint.get("boxes") not in (None, digest(classes)):    # older ones have none
             raise checkpoints.CheckpointError(f"{file} was trained on other pictures or boxes "
                                               f"than those of {classes.json_file}; start a new run "
                                               f"with --init {file}")
@@ -107,7 +107,7 @@ def build_model(flags, checkpoint, classes, process):
 
 
 def digest(classes):
-    """What tells the training pictures from others, wherever they lie.  classes: Annotations"""
+    """What tells the training pictures and boxes from others, wherever they lie (Annotations)."""
     known = hashlib.sha256(repr((classes.image_ids, classes.category_ids)).encode())
     for part in (classes.first, classes.boxes, classes.labels, classes.crowd):
         known.update(part.numpy().tobytes())
@@ -224,7 +224,7 @@ def save(step, model, loss, optimizer, flags, classes, watch, process):
             "optimizer": optimizer.state_dict(), "step": step, "args": flags,
             "build": recipes.build_arguments(flags, len(classes.class_names)),
             "buffers": [buffers for buffers, _ in shares], "random": [r for _, r in shares],
-            "watch": watch.state, "pictures": digest(classes),
+            "watch": watch.state, "boxes": digest(classes),
             "class_names": classes.class_names, "category_ids": classes.category_ids,
             "test_transform": test_transform(flags)}, Path(flags["out"]) / "last.pt")
         if step in kept_steps(flags):

@@ -316,7 +316,7 @@ def test_a_flag_out_of_its_range_is_told_as_on_the_command_line(good, tmp_path, 
 def test_a_checkpoint_of_before_a_flag_existed_goes_on_with_its_default(good, tmp_path):
     flags_of_then = {name: value for name, value in good["args"].items()
                      if name not in ("shift", "colours", "keep_checkpoints", "freeze")}
-    then = {name: value for name, value in good.items() if name not in ("watch", "pictures")}
+    then = {name: value for name, value in good.items() if name not in ("watch", "boxes")}
     torch.save({**then, "args": flags_of_then, "step": 1}, tmp_path / "last.pt")
     train.main(["--resume", "--out", str(tmp_path)])
     assert weights(tmp_path)["step"] == 2
