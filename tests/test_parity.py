@@ -627,7 +627,7 @@ def test_box_pieces():
     one = models.Prediction(None, box["A"], candidates=box["A"])
     for cost in (assign.anchor_iou_cost, assign.predicted_iou_cost):
         iou, known = -cost(one, {"boxes": box["B"]}), ~box["iou"].isnan()
-        iou = iou.nan_to_num(neginf=0.0)                 # a pair that is forbidden
+        iou = iou.masked_fill(iou == -float("inf"), 0.0)         # a pair that is forbidden
         assert (iou - box["iou"])[known].abs().max() < 1e-5
     giou, known = -assign.giou_cost(box["A"], box["B"]), ~box["giou"].isnan()
     assert (giou - box["giou"])[known].abs().max() < 1e-5
