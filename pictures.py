@@ -48,7 +48,10 @@ def read_text(file, encoding="utf-8"):
 
 
 def picture_size(path):
-    """Height and width of a picture file, upright, from its header alone.  Raises DataError."""
+    """Height and width of a picture file, upright.  Raises DataError.
+
+    From its header alone, but for a PNG, which may tell its rotation behind its pixels.
+    """
     try:
         with Image.open(path) as picture:
             # EXIF's orientations 5 to 8 exchange the sides

@@ -1,4 +1,5 @@
 """From disk to batch (oracles: PIL, torchvision, exact fractions, pixels, counting by hand)."""
+import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torchvision.transforms.functional import hflip
 
 import annotations
 import data
+import train
 from test_annotations import draw_pictures, save, valid
 from test_train import flags
 
@@ -49,6 +51,18 @@ def test_coco_is_looked_for_where_its_archives_unpack(tmp_path):
     (tmp_path / "val2017").mkdir()
     expected = str(tmp_path / "annotations" / "instances_val2017.json"), str(tmp_path / "val2017")
     assert data.locate({"data": "coco", "data_dir": str(tmp_path)}, "val") == expected
+
+
+def test_crowdhuman_is_looked_for_where_its_archives_unpack(tmp_path):
+    flags = {"data": "crowdhuman", "data_dir": str(tmp_path)}
+    with pytest.raises(annotations.DataError, match="annotation_val.odgt does not exist; download"):
+        data.locate(flags, "val")
+    (tmp_path / "annotation_val.odgt").write_text("")
+    with pytest.raises(annotations.DataError, match="Images does not exist; .*CrowdHuman_val.zip"):
+        data.locate(flags, "val")
+    (tmp_path / "Images").mkdir()
+    expected = str(tmp_path / "annotation_val.odgt"), str(tmp_path / "Images")
+    assert data.locate(flags, "val") == expected
 
 
 def test_custom_data_needs_both_flags():
@@ -94,7 +108,7 @@ def test_a_flag_of_another_data_set_is_refused_by_name(given, words):
     assert str(refused.value) == words
 
 
-def test_a_share_of_the_pictures_is_for_evaluation_alone(tiny_scenes):
+def test_a_share_of_the_pictures_is_for_evaluation_alone(tiny_scenes, tmp_path):
     """Whatever the order of the file; each box stays with its picture."""
     flags = {"data": "custom", "train_json": str(tiny_scenes / "train.json"),
              "train_images": str(tiny_scenes / "train"), "val_share": 0.25}
@@ -110,9 +124,44 @@ def test_a_share_of_the_pictures_is_for_evaluation_alone(tiny_scenes):
             for name in ("boxes", "labels", "crowd", "xywh", "area"):
                 assert torch.equal(getattr(part, name)[part.first[n]:part.first[n + 1]],
                                    getattr(whole, name)[whole.first[k]:whole.first[k + 1]])
+    record = json.loads((tiny_scenes / "train.json").read_text())
+    record["images"].reverse()
+    (tmp_path / "turned.json").write_text(json.dumps(record))
+    turned = data.read({**flags, "train_json": str(tmp_path / "turned.json")}, "val")
+    assert set(turned.image_ids) == set(parts[1].image_ids)
     # a val split that is named goes before
     flags.update(val_json=str(tiny_scenes / "val.json"), val_images=str(tiny_scenes / "val"))
     assert len(data.read(flags, "val")) == 7 and len(data.read(flags, "train")) == 24
+
+
+def test_both_splits_are_read_with_the_training_files_classes_and_ids(tiny_scenes, tmp_path):
+    """A val file may list the same classes in another order, under other ids."""
+    record = json.loads((tiny_scenes / "val.json").read_text())
+    named = {category["id"]: category["name"] for category in record["categories"]}
+    record["categories"] = [{**c, "id": 100 - c["id"]} for c in record["categories"][::-1]]
+    for annotation in record["annotations"]:
+        annotation["category_id"] = 100 - annotation["category_id"]
+    (tmp_path / "val.json").write_text(json.dumps(record))
+    flags = {"data": "custom", "train_json": str(tiny_scenes / "train.json"),
+             "train_images": str(tiny_scenes / "train"), "val_json": str(tmp_path / "val.json"),
+             "val_images": str(tiny_scenes / "val")}
+    learned, val = data.read_both(flags)
+    assert val.class_names == learned.class_names and len(val) == 7
+    of_image = {i: [named[100 - a["category_id"]] for a in record["annotations"]
+                    if a["image_id"] == i] for i in val.image_ids}
+    for n, i in enumerate(val.image_ids):
+        found = val.labels[val.first[n]:val.first[n + 1]].tolist()
+        assert sorted(val.class_names[label] for label in found) == sorted(of_image[i])
+
+
+def test_pictures_that_cannot_be_read_are_left_out_where_that_is_asked(tiny_scenes, tmp_path):
+    shutil.copytree(tiny_scenes / "train", tmp_path / "train")
+    broken = min((tmp_path / "train").iterdir())
+    broken.write_bytes(broken.read_bytes()[:200])
+    flags = {"data": "custom", "train_json": str(tiny_scenes / "train.json"),
+             "train_images": str(tmp_path / "train")}
+    assert len(data.read({**flags, "drop_bad": True}, "train")) == 23
+    assert len(data.read(flags, "train")) == 24
 
 
 # ------------------------------------------------------------------------------------------------
@@ -252,22 +301,19 @@ def test_a_flip_and_a_crop_happen_as_often_as_they_are_asked_for():
 
 
 def test_a_crop_is_384_to_600_pixels_of_a_picture_whose_shorter_side_is_400_500_or_600():
-    """Seen in a picture whose red and green say where a pixel comes from;
-    resizing changes nothing else.
-    """
-    ramp = np.zeros((480, 640, 3), np.uint8)
-    ramp[..., 0] = np.linspace(0, 255, 640)[None]
-    ramp[..., 1] = np.linspace(0, 255, 480)[:, None]
-    transform = data.Transform(shortest=(400,), longest=10 ** 9, crop=1.0)
-    # of the window, as shares of the picture
-    widths, heights = [], []
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        red, green, _ = transform(pixels(ramp), NO_BOXES, rng).image.double().numpy()
-        widths.append(np.ptp(red) / 255)
-        heights.append(np.ptp(green) / 255)
-    assert 384 / 800 - 0.03 < min(widths) < 0.6 and 0.9 < max(widths)
-    assert 384 / 600 - 0.03 < min(heights) < 0.7 and 0.95 < max(heights)
+    """The window keeps its own pixels here; the frame says how large the whole picture was."""
+    transform = data.Transform(shortest=(), crop=1.0)
+    picture, seen = torch.zeros(3, 480, 640, dtype=torch.uint8), []
+    for seed in range(200):
+        view = transform(picture, NO_BOXES, np.random.default_rng(seed))
+        left, top, right, bottom = view.frame.tolist()
+        whole = round(bottom - top), round(right - left)             # H, W
+        assert whole[0] in (400, 500, 600) and whole[1] == round(whole[0] * 4 / 3)
+        for side, window in zip(whole, view.image.shape[1:]):
+            assert 384 <= window <= min(side, 600)
+        seen.append((*whole, *view.image.shape[1:]))
+    assert len({H for H, *_ in seen}) == 3
+    assert min(w for *_, w in seen) < 390 and max(w for *_, w in seen) > 594
 
 
 @settings(max_examples=60)
@@ -311,8 +357,25 @@ def test_colours_vary_as_much_as_asked_and_only_the_colours():
     lightness = np.mean(mean, 1)
     assert 45 < lightness.min() < 75 and 125 < lightness.max() < 155
     assert 90 < lightness.mean() < 110
-    # the noise along the colour axes tints greys
-    assert np.ptp(mean, 1).max() >= 1
+    # the noise along the colour axes tints greys: a normal factor of each axis's length
+    noise = [data.vary_colours(grey, 0, 0.1, np.random.default_rng(n)) for n in range(500)]
+    spread = np.std([image.double().mean((1, 2)).numpy() for image in noise], 0)
+    assert np.allclose(spread, 25.5 * np.sqrt(data.COLOUR_AXES ** 2 @ data.COLOUR_VARIANCES ** 2),
+                       atol=0.6)
+
+    # contrast and saturation are factors too: of two greys' distance, of a patch's red less blue
+    patched = np.full((40, 40, 3), 60, np.uint8)
+    patched[:, 20:] = 140
+    patched[:5, :5] = 130, 100, 70
+    factors = []
+    for n in range(200):
+        image = data.vary_colours(pixels(patched), 0.4, 0, np.random.default_rng(n)).double()
+        dark, light = (image[:, 30, x].mean().item() for x in (10, 30))
+        brightness, distance = (dark + light) / 200, (light - dark) / 80
+        tint = (image[0, 2, 2] - image[2, 2, 2]).item() / 60
+        factors.append((distance / brightness, tint / distance))
+    assert np.min(factors) > 0.5 and np.max(factors) < 1.5
+    assert (np.min(factors, 0) < 0.68).all() and (np.max(factors, 0) > 1.32).all()
     transform, rng = data.Transform(shortest=(), colours=0.4), np.random.default_rng(0)
     image, boxes = transform(*rectangle([100, 100, 300, 200]), rng)[:2]
     assert image.shape == (3, 480, 640) and boxes[0].tolist() == [100, 100, 300, 200]
@@ -438,6 +501,12 @@ def test_a_crowd_region_is_no_target_but_is_kept_to_be_ignored(folder):
     _, target = data.Pictures(a, data.Transform(shortest=(30,)))[0, 1]
     assert target["boxes"].tolist() == [[1, 2, 11, 22]] and target["labels"].tolist() == [1]
     assert target["ignore"].tolist() == [[0, 0, 30, 40]] and target["image_id"] == 5
+    # an object keeps its number among all boxes of its picture, also behind a crowd region
+    content = valid()
+    content["annotations"].reverse()
+    a = annotations.read_annotations(*save(folder, content))
+    _, target = data.Pictures(a, data.Transform(shortest=(30,)))[0, 1]
+    assert target["objects"].tolist() == [1] and target["labels"].tolist() == [1]
 
 
 def test_a_picture_without_annotations_is_an_ordinary_picture(folder):
@@ -459,6 +528,27 @@ def test_the_target_says_the_resized_and_the_original_size(folder):
     assert target["size"].tolist() == [53, 70] and target["original_size"].tolist() == [30, 40]
     expected = torch.tensor([[0.5, 1.25, 9, 5.25]]) * torch.tensor([1.75, 53 / 30] * 2)
     assert torch.allclose(target["boxes"], expected)
+
+
+def test_small_data_sets_stay_decoded_in_memory_as_they_are_on_disk(tiny_scenes, monkeypatch):
+    """Each file is read once, or once an epoch where all would be too much; copies are changed."""
+    read, real = [], data.load_picture
+
+    def counted(path, *details):
+        read.append(path)
+        return real(path, *details)
+
+    monkeypatch.setattr(data, "load_picture", counted)
+    a = annotations.read_annotations(tiny_scenes / "train.json", tiny_scenes / "train")
+    changes = data.Transform(shortest=(128,), flip=1.0, crop=1.0, colours=0.4, shift=12)
+    for limit, times in ((data.Pictures.CACHE, 1), (0, 3)):
+        monkeypatch.setattr(data.Pictures, "CACHE", limit)
+        pictures = data.Pictures(a, changes)
+        read.clear()
+        before = pictures.pixels(0).clone()
+        pictures[0, 0], pictures[1, 0]
+        assert len(read) == times
+        assert torch.equal(pictures.pixels(0), before)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -491,17 +581,28 @@ def test_batches_do_not_depend_on_the_number_of_worker_processes(tiny_scenes):
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_cannot_be_read_ends_the_run_with_one_sentence(
-        tiny_scenes, tmp_path, split, workers):
-    """In training and in evaluation, with worker processes and without; nothing hangs."""
-    folder = tmp_path / "scenes"
-    shutil.copytree(tiny_scenes, folder)
-    for picture in (folder / split).iterdir():
+@pytest.fixture(params=["train", "val"])
+def half_broken(request, tiny_scenes, tmp_path):
+    """Pictures of which those of one split are cut in the middle."""
+    shutil.copytree(tiny_scenes, tmp_path / "scenes")
+    for picture in (tmp_path / "scenes" / request.param).iterdir():
         picture.write_bytes(picture.read_bytes()[:200])
+    return tmp_path / "scenes"
+
+
+def test_a_picture_that_cannot_be_read_ends_the_run_with_one_sentence(
+        half_broken, tmp_path, command):
+    """In training and in evaluation."""
+    code, _, said = command(train, *flags(half_broken, out=tmp_path / "run", steps=1))
+    assert code == 2
+    line = said.strip().splitlines()[-1]
+    assert line.startswith("train.py: ") and "cannot be decoded" in line
+    assert "Traceback" not in said
+
+
+def test_a_picture_that_a_worker_cannot_read_ends_the_run_and_nothing_hangs(half_broken, tmp_path):
     command = [sys.executable, ROOT / "train.py",
-               *flags(folder, out=tmp_path / "run", steps=1, workers=workers)]
+               *flags(half_broken, out=tmp_path / "run", steps=1, workers=2)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2, run.stderr
     (line,) = run.stderr.strip().splitlines()
@@ -601,6 +702,7 @@ def test_pictures_without_objects_can_be_left_out():
     used = next(data.batch_stream(a, 3, seed=0, skip_empty=True))
     assert sorted(used) == [(0, 0), (0, 2), (0, 4)]
     assert sorted(i for _, i in next(data.batch_stream(a, 5, seed=0))) == [0, 1, 2, 3, 4]
+    assert next(data.training_batches(a, 3, 0, skip_empty=True)) == used
 
 
 def test_every_epoch_and_every_seed_has_its_own_order():

@@ -268,6 +268,8 @@ def test_where_splits_are_made_already_none_is_cut_off(voc, tmp_path):
 
 
 def test_the_order_of_the_pictures_does_not_change_who_is_held_out():
+    """Nor does the machine, or the day: the three of printf "0 $i" | sha256sum that sort first."""
+    assert labels.held_out(range(10), 0.3) == {6, 4, 2}
     ids = list(range(100))
     held = labels.held_out(ids, 0.25)
     assert len(held) == 25 and held == labels.held_out(ids[::-1], 0.25) < set(ids)

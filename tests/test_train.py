@@ -579,10 +579,15 @@ def test_checkpoints_are_kept_at_the_shares_that_were_asked_for(tiny_scenes, tmp
 def test_with_location_frozen_only_the_classification_sub_net_learns(
         tiny_scenes, tmp_path, detector, rule):
     """Weights and batch norm's statistics of all else stay, through an evaluation and a resume."""
-    train.main(flags(tiny_scenes, out=tmp_path / "a", detector=detector, steps=2))
-    frozen = {"detector": detector, "steps": 4, "init": tmp_path / "a" / "last.pt",
-              "freeze": "location", "eval-every": 1, "checkpoint-every": 1}
+    train.main(flags(tiny_scenes, out=tmp_path / "a", detector=detector, steps=1))
+    frozen = {"detector": detector, "steps": 3, "init": tmp_path / "a" / "last.pt",
+              "freeze": "location", "eval-every": 2, "keep-checkpoints": 0.67}
     train.main(flags(tiny_scenes, out=tmp_path / "b", **frozen) + rule)
+    (tmp_path / "c").mkdir()
+    shutil.copy(tmp_path / "b" / "step-000002.pt", tmp_path / "c" / "last.pt")
+    train.main(["--resume", "--out", str(tmp_path / "c")])
+    assert same(weights(tmp_path / "b")["model"], weights(tmp_path / "c")["model"])
+
     before, after = (weights(tmp_path / name)["model"] for name in "ab")
     for name, value in after.items():
         of_classes = name.split(".")[0] in ("class_tower", "score")
