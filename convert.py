@@ -26,6 +26,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 import checkpoints
 import data
@@ -35,15 +36,9 @@ from checkpoints import CheckpointError
 from pictures import DataError, read_text
 
 # COCO's 80 classes: the ids in use (10 of 1 ... 90 are not), and the names of its files
-COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
-COCO_NAMES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
-fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
-zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball,
-kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup,
-fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut,
-cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
-cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
-hair drier, toothbrush""".replace("\n", " ").split(", ")
+COCO = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+COCO_IDS = [i for i, name in enumerate(COCO) if name not in ("__background__", "N/A")]
+COCO_NAMES = [COCO[i] for i in COCO_IDS]
 
 # by the number of classes: their names and ids, and flags of evaluation; of other numbers they are
 # "class 1", "class 2" ..., unless --classes names them

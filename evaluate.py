@@ -7,7 +7,8 @@
                                                         a checkpoint: nms --weights last.pt)
     python evaluate.py annotations --data crowd         what NMS costs the annotation boxes alone
 
-AP is pycocotools': box IoU 0.50 to 0.95, 101 recall points, the 100 best detections an image.
+AP is pycocotools' (where it is installed, hotcoco's): box IoU 0.50 to 0.95, 101 recall points, the
+100 best detections an image.
 "With NMS" is what the detector's authors did: the one-to-one forms suppress, class by class at IoU
 0.5, among the 100 best; the original forms suppress before they choose 100 (models.py,
 `detections`).  On CrowdHuman's files the figures are those of crowd.py.
@@ -72,7 +73,7 @@ def coco_object(images, categories, boxes):
     return gt
 
 
-def coco_run(gt, detections, max_dets=100, image_ids=None):
+def coco_run(gt, detections, max_dets=100):
     """A COCOeval of a list of detections, with everything matched and accumulated.
 
     gt: of coco_object   detections: dicts with image_id, category_id, bbox (xywh), score
@@ -84,16 +85,14 @@ def coco_run(gt, detections, max_dets=100, image_ids=None):
     evaluator = COCOeval if isinstance(gt, COCO) else hotcoco.COCOeval
     run = evaluator(gt, dt, "bbox")
     run.params.maxDets = [max_dets]
-    if image_ids is not None:
-        run.params.imgIds = sorted(image_ids)
     quiet(run.evaluate)
     quiet(run.accumulate)
     return run
 
 
-def coco_metrics(gt, detections, max_dets=100, image_ids=None):
+def coco_metrics(gt, detections, max_dets=100):
     """AP, AP50, AP75, APs, APm, APl and AR in percent; -1 where there is nothing to measure."""
-    return coco_figures(coco_run(gt, detections, max_dets, image_ids))
+    return coco_figures(coco_run(gt, detections, max_dets))
 
 
 def coco_figures(run):
@@ -188,7 +187,7 @@ def detect(model, pictures, batch_size=1, max_dets=100, device="cpu", precision=
     rank, world = 0, 1
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
-    a = pictures.annotations
+    process, a = runs.Process(rank, world, device), pictures.annotations
     keys = data.evaluation_batches(a, batch_size, rank, world)
     batches = tqdm(data.loader(pictures, keys, model.divisor, workers), "evaluating", len(keys),
                    leave=False,
@@ -216,15 +215,12 @@ def detect(model, pictures, batch_size=1, max_dets=100, device="cpu", precision=
     for buffer, before in zip(model.buffers(), own):
         buffer.copy_(before)
     model.train(was_training)
-    if world > 1:
-        shares = [None] * world if rank == 0 else None
-        dist.gather_object(results, shares)
-        if rank != 0:
-            return None
-        results = {}
-        for share in shares:
-            for variant, found in share.items():
-                results.setdefault(variant, []).extend(found)
+    shares, results = runs.gather(results, process), {}
+    if not process.is_main:
+        return None
+    for share in shares:
+        for variant, found in share.items():
+            results.setdefault(variant, []).extend(found)
 
     # the same order whatever the number of processes
     for found in results.values():
@@ -232,7 +228,7 @@ def detect(model, pictures, batch_size=1, max_dets=100, device="cpu", precision=
     return results
 
 
-def metrics(truth, results, max_dets=100, image_ids=None):
+def metrics(truth, results, max_dets=100):
     """metrics.json: figures without NMS, and under "nms" (CenterNet: and "box_nms") those with it.
 
     On CrowdHuman's files they are AP50, mMR, recall and JI; COCO's figures then stand under "coco".
@@ -241,7 +237,7 @@ def metrics(truth, results, max_dets=100, image_ids=None):
     gt, pictures = truth
     of_variant = {}
     for variant, found in tqdm(results.items(), "scoring", leave=False, disable=None):
-        run = coco_run(gt, found, max_dets, image_ids)
+        run = coco_run(gt, found, max_dets)
         of_variant[variant] = {**coco_figures(run), "classes": class_figures(run)}
         if pictures is not None:
             of_variant[variant] = {
@@ -528,7 +524,7 @@ def checkpoint_results(args):
 
 def run_checkpoint(args):
     results, truth, max_dets = checkpoint_results(args)
-    found = metrics(ground_truth(truth), results, max_dets, truth.image_ids)
+    found = metrics(ground_truth(truth), results, max_dets)
     print(describe(found))
     if args.per_class:
         print(describe_classes(found))

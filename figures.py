@@ -184,11 +184,11 @@ def learning_curves(runs, file):
     plots = [("AP50", "recall") if crowds else ("AP", "AP50"), ("gap", "moved")]
     words = {"gap": "score gap, median of a batch", "moved": "positives that moved, percent"}
     figure, axes = plt.subplots(2, 2, figsize=(11, 8))
-    for above, (names, row) in enumerate(zip(plots, axes)):
+    for kind, (names, row) in enumerate(zip(plots, axes)):
         for name, plot in zip(names, row):
             for n, (title, seeds) in enumerate(groups.items()):
-                for end, style in (("", "-"), ("_nms", "--")) if above == 0 else (("", "-"),):
-                    lines = [(column(tables[above], "step"), column(tables[above], name + end))
+                for end, style in (("", "-"), ("_nms", "--")) if kind == 0 else (("", "-"),):
+                    lines = [(column(tables[kind], "step"), column(tables[kind], name + end))
                              for tables in seeds]
                     label = f"{title} ({len(seeds)} runs)" if len(seeds) > 1 else title
                     draw_band(plot, lines, f"C{n}{style}", "    with NMS" if end else label)

@@ -13,7 +13,7 @@ docs/why.md tells what of that was found here.
                                                     other, as CrowdHuman lies on disk
 
 Everything is a function of (seed, split, index): the same seed gives the same bytes, whatever the
-number of pictures.  What is written is read back by the ordinary COCO reader in data.py.
+number of pictures.  What is written is read back by annotations.py, as any COCO file is.
 """
 import argparse
 import contextlib

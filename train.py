@@ -268,8 +268,7 @@ def score(step, model, pictures, truth, flags, process, log):
                               process.device, flags["precision"], flags["workers"])
     if not process.is_main:
         return None
-    out, found = Path(flags["out"]), evaluate.metrics(truth, results, flags["max_dets"],
-                                                      pictures.annotations.image_ids)
+    out, found = Path(flags["out"]), evaluate.metrics(truth, results, flags["max_dets"])
     row = {"step": step}
     for name in ("AP", "AP50", "mMR", "recall", "JI"):
         if name in found:

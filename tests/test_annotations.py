@@ -395,6 +395,7 @@ LINE_FAULTS = {
     "unknown tag": {"ID": "b", "gtboxes": [{**person(1, 1, 9, 9), "tag": "dog"}]},
     "box is not four finite numbers": {"ID": "b", "gtboxes": [person(1, float("nan"), 9, 9)]},
     "box without extent in the picture": {"ID": "b", "gtboxes": [person(200, 1, 9, 9)]},
+    "ignore is neither 0 nor 1": {"ID": "b", "gtboxes": [person(1, 1, 9, 9, ignore="maybe")]},
 }
 
 
@@ -667,12 +668,10 @@ def test_check_exits_with_0_without_faults(folder, command):
     assert (code, err) == (0, "")
 
 
-def test_check_exits_with_1_with_faults(folder):
+def test_check_exits_with_1_with_faults(folder, command):
     (json_file, images), expected = one_of_each_fault(folder)
-    done = subprocess.run([sys.executable, ROOT / "annotations.py", "check",
-                           "--json", json_file, "--images", images],
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and f"{len(expected)} fault(s)" in done.stdout and not done.stderr
+    code, out, err = command(annotations, "check", "--json", json_file, "--images", images)
+    assert code == 1 and f"{len(expected)} fault(s)" in out and not err
 
 
 @pytest.mark.parametrize("content", [

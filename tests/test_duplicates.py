@@ -108,7 +108,7 @@ def test_random_cases_against_a_slow_version(tmp_path, seed):
     assert ours["score gaps below 0.1"] == pytest.approx(100 * np.mean(np.array(gaps) < 0.1),
                                                          abs=0.01)
     assert ours["duplicates per object"]["0.3"] == pytest.approx(per_object, abs=1e-4)
-    assert sum(ours["score gaps"]) == len(gaps)
+    assert ours["score gaps"] == np.histogram(gaps, 20, (0, 1))[0].tolist()
 
 
 def test_nms_does_not_let_one_class_suppress_another_left_of_the_picture(tmp_path):
@@ -197,3 +197,18 @@ def test_crowds_are_judged_on_their_own_terms(tmp_path, command):
     written = json.loads((tmp_path / "nms-dt.json").read_text())
     assert written["lost to NMS at 0.5"] == 1 and written["duplicates per object"]["0.05"] == 0
     assert written["recall"] == 100 and written["nms"]["0.5"]["recall"] == 50
+
+    # two apart, of which the first is found twice: hit, false, hit.  AP50 is the area from the
+    # second detection on, 0 + 0.5 (1/2 + 2/3) / 2; without the duplicate 0.5 (1 + 1) / 2
+    for box, x in zip(line["gtboxes"], (0, 100)):
+        box["fbox"] = box["vbox"] = [x, 0, 50, 100]
+    found["dtboxes"] = [{"box": [0, 0, 50, 100], "score": 0.9},
+                        {"box": [0, 0, 50, 100], "score": 0.85},
+                        {"box": [100, 0, 50, 100], "score": 0.8}]
+    (tmp_path / "gt.odgt").write_text(json.dumps(line) + "\n")
+    (tmp_path / "dt.odgt").write_text(json.dumps(found) + "\n")
+    assert command(evaluate, "nms", "--protocol", "crowdhuman", "--gt", tmp_path / "gt.odgt",
+                   "--dt", tmp_path / "dt.odgt")[0] == 0
+    written = json.loads((tmp_path / "nms-dt.json").read_text())
+    assert written["AP50"] == pytest.approx(29.1667, abs=1e-3)
+    assert written["oracle"]["AP50"] == written["nms"]["0.5"]["AP50"] == 50

@@ -5,9 +5,6 @@ pycocotools called directly, and precision worked out by hand, are the judges.
 import contextlib
 import io
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +19,6 @@ import checkpoints
 import data
 import evaluate
 import models
-
-ROOT = Path(evaluate.__file__).parent
 
 
 def ground_truth(objects, images=1, category_ids=(1,)):
@@ -46,6 +41,24 @@ def figures(folder, truth, found, max_dets=100):
     (folder / "gt.json").write_text(json.dumps(truth))
     (folder / "dt.json").write_text(json.dumps(found))
     return evaluate.score_file(folder / "gt.json", folder / "dt.json", max_dets)
+
+
+def pycocotools_run(truth, found, max_dets=100):
+    """A COCOeval of objects of all sizes together, by pycocotools alone."""
+    gt, dt = COCO(), COCO()
+    boxes = [{**d, "id": n + 1, "iscrowd": 0, "area": d["bbox"][2] * d["bbox"][3]}
+             for n, d in enumerate(found)]
+    for one, dataset in ((gt, truth), (dt, {**truth, "annotations": boxes})):
+        one.dataset = {**dataset, "info": {}}
+        with contextlib.redirect_stdout(io.StringIO()):
+            one.createIndex()
+    judge = COCOeval(gt, dt, "bbox")
+    judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
+    judge.params.maxDets = [max_dets]
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge.evaluate()
+        judge.accumulate()
+    return judge
 
 
 # ------------------------------------------------------------------------------------------------
@@ -212,15 +225,6 @@ def test_without_an_area_the_box_gives_it(tmp_path):
     assert figures(tmp_path, truth, [detection((10, 10, 50, 50), 0.9)])["APm"] == 100
 
 
-def test_only_the_pictures_asked_for_are_counted():
-    truth = ground_truth([(1, 1, (10, 10, 50, 50)), (2, 1, (10, 10, 50, 50))], images=2)
-    gt = evaluate.coco_object(truth["images"], truth["categories"], truth["annotations"])
-    found = [detection((10, 10, 50, 50), 0.9, image=2)]
-    assert evaluate.coco_metrics(gt, found, image_ids=[2])["AP"] == 100
-    assert evaluate.coco_metrics(gt, found, image_ids=[1])["AP"] == 0
-    assert evaluate.coco_metrics(gt, found)["AP"] == pytest.approx(100 * 51 / 101, abs=1e-3)
-
-
 def test_the_summary_line_holds_the_two_columns_and_their_difference():
     line = evaluate.describe({"AP": 33.6, "AP50": 51.2, "nms": {"AP": 36.84, "AP50": 50.0}})
     assert line == "AP 33.6   AP(+NMS) 36.8 (+3.2)   AP50 51.2   AP50(+NMS) 50.0 (-1.2)"
@@ -234,6 +238,23 @@ def test_a_printed_difference_is_that_of_the_printed_figures():
     assert "(+0.0)   AP50" in line and line.endswith("(+0.0)")
 
 
+def test_crowds_and_classes_are_told_with_the_name_of_each_figure():
+    crowd = {"AP50": 1.04, "mMR": 2.0, "recall": 3.0, "JI": 4.0, "coco": {"AP": 6.0}}
+    assert evaluate.describe({**crowd, "nms": {**crowd, "JI": 5.0}}) == (
+        "without NMS: AP50 1.0   mMR 2.0   recall 3.0   JI 4.0   (COCO-style AP 6.0)\n"
+        "with NMS:    AP50 1.0   mMR 2.0   recall 3.0   JI 5.0   (COCO-style AP 6.0)")
+    ant = {"objects": 7, "AP": 1.0, "AP50": 3.0, "F1": 4.0, "score": 0.5}
+    head, line, _ = evaluate.describe_classes(
+        {"classes": {"ant": ant}, "nms": {"classes": {"ant": {**ant, "AP": 2.0}}}}).splitlines()
+    assert head.split() == "class objects AP AP(+NMS) AP50 best F1 at score".split()
+    assert line.split() == "ant 7 1.0 2.0 3.0 4.0 0.500".split()
+
+
+def test_boxes_without_extent_are_no_objects_of_a_ground_truth(tmp_path):
+    truth = ground_truth([(1, 1, (10, 10, 50, 50)), (1, 1, (5, 5, 0, 9))])
+    assert figures(tmp_path, truth, [detection((10, 10, 50, 50), 0.9)])["AP"] == 100
+
+
 # ------------------------------------------------------------------------------------------------
 # class by class
 # ------------------------------------------------------------------------------------------------
@@ -245,36 +266,35 @@ def classes_of(truth, found, max_dets=100):
 
 @pytest.mark.parametrize("max_dets", [100, 3])
 def test_figures_of_a_class_are_pycocotools_on_that_class_alone(max_dets):
-    """The best F1 too: of all thresholds the best, each counted by pycocotools anew."""
+    """The best F1 too: no third score is a better threshold, each counted by pycocotools anew."""
     truth, found = random_case(1)
-    for category in (3, 7, 20):
-        gt = evaluate.coco_object(truth["images"], truth["categories"], truth["annotations"])
-        of_class = [d for d in found if d["category_id"] == category]
+    classes = classes_of(truth, found, max_dets)
+    of_all = evaluate.coco_figures(evaluate.coco_run(evaluate.coco_object(
+        truth["images"], truth["categories"], truth["annotations"]), found, max_dets))
+    assert of_all["AP"] == pytest.approx(np.mean([of["AP"] for of in classes.values()]), abs=1e-3)
+
+    for category in truth["categories"]:
+        alone = {**truth, "categories": [category],
+                 "annotations": [a for a in truth["annotations"]
+                                 if a["category_id"] == category["id"]]}
+        of_class = [d for d in found if d["category_id"] == category["id"]]
 
         def run(threshold):
-            boxes = [{**d, "id": n + 1, "iscrowd": 0, "area": d["bbox"][2] * d["bbox"][3]}
-                     for n, d in enumerate(of_class) if d["score"] >= threshold]
-            dt = evaluate.coco_object(truth["images"], truth["categories"], boxes)
-            judge = COCOeval(gt, dt, "bbox")
-            judge.params.catIds, judge.params.maxDets = [category], [max_dets]
-            with contextlib.redirect_stdout(io.StringIO()):
-                judge.evaluate()
-                judge.accumulate()
-            return judge
+            above = [d for d in of_class if d["score"] >= threshold]
+            return pycocotools_run(alone, above, max_dets)
 
         def f1(threshold):
-            pictures = [p for p in run(threshold).evalImgs[:12] if p]     # the range "all"
+            pictures = [p for p in run(threshold).evalImgs if p]
             objects = sum((~p["gtIgnore"].astype(bool)).sum() for p in pictures)
             counts = [~p["dtIgnore"][0].astype(bool) for p in pictures]
             true = sum((p["dtMatches"][0][c] > 0).sum() for p, c in zip(pictures, counts))
             return 200 * true / (objects + sum(c.sum() for c in counts))
 
-        ours = classes_of(truth, found, max_dets)[f"class {category}"]
-        precision = run(0).eval["precision"][:, :, :, 0]
+        ours, precision = classes[category["name"]], run(0).eval["precision"]
         assert ours["AP"] == pytest.approx(100 * precision.mean(), abs=1e-3)
         assert ours["AP50"] == pytest.approx(100 * precision[0].mean(), abs=1e-3)
         assert ours["F1"] == pytest.approx(f1(ours["score"]), abs=1e-3)
-        some = [d["score"] for d in of_class][::5]
+        some = [d["score"] for d in of_class][::3]
         assert all(f1(score) <= ours["F1"] + 1e-3 for score in some) and 20 < ours["F1"] < 100
 
 
@@ -392,13 +412,45 @@ def test_classes_go_by_name_and_one_that_the_file_lacks_is_left_out(
         return dict.fromkeys(("plain", "nms"), both)
 
     monkeypatch.setattr(models.FCOS, "detections", found)
-    code, _, err = command(evaluate, "--weights", checkpoint(tmp_path, names, flags),
-                           "--device", "cpu", "--batch-size", 16, "--out", tmp_path / "out")
+    words = ["--weights", checkpoint(tmp_path, names, flags), "--device", "cpu", "--batch-size", 16]
+    code, _, err = command(evaluate, *words, "--out", tmp_path / "out")
     assert code == 0, err
     detections = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert figures(tmp_path, record, detections)["AP"] == 100
     assert len(detections) == len(record["annotations"])
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["AP"] == 100
+
+    # and nothing of it is a duplicate: the verdict on a checkpoint
+    knows = all_knowing(data.Pictures(truth_set, data.Transform(shortest=(128,))), 16)
+    code, out, err = command(evaluate, "nms", *words, "--out", tmp_path / "nms")
+    assert code == 0 and "end-to-end: NMS changes AP by" in out, err
+    said = json.loads((tmp_path / "nms" / "nms.json").read_text())
+    assert said["AP"] == 100 and said["objects"] == said["found"] == len(record["annotations"])
+    assert said["duplicates per object"]["0.05"] == 0
+
+
+def test_what_is_found_with_nms_and_without_is_written_to_a_file_each(
+        tiny_scenes, tmp_path, monkeypatch, command):
+    """A detector that finds each object, and each once more; its NMS leaves the first."""
+    truth_set = annotations.read_annotations(tiny_scenes / "val.json", tiny_scenes / "val")
+    knows = all_knowing(data.Pictures(truth_set, data.Transform(shortest=(128,))), 16)
+
+    def found(self, one, k):
+        boxes, scores, labels = knows(one, k)["plain"]
+        again = boxes.repeat(2, 1), torch.cat([scores, scores / 2]), labels.repeat(2)
+        return {"plain": again, "nms": (boxes, scores, labels)}
+
+    monkeypatch.setattr(models.FCOS, "detections", found)
+    flags = {"data": "custom", "val_json": str(tiny_scenes / "val.json"),
+             "val_images": str(tiny_scenes / "val")}
+    code, _, err = command(
+        evaluate, "--weights", checkpoint(tmp_path, truth_set.class_names, flags),
+        "--device", "cpu", "--batch-size", 16, "--out", tmp_path / "out")
+    assert code == 0, err
+    plain, nms = (json.loads((tmp_path / "out" / name).read_text())
+                  for name in ("detections.json", "detections_nms.json"))
+    assert len(plain) == 2 * len(nms) == 2 * len(truth_set.boxes)
+    assert {d["score"] for d in nms} == {1.0} and {d["score"] for d in plain} == {0.5, 1.0}
 
 
 def test_a_checkpoint_of_other_classes_is_refused(tiny_scenes, tmp_path, command):
@@ -514,15 +566,14 @@ def test_pictures_of_many_sizes_are_evaluated_one_at_a_time(
 # result files and the command line
 # ------------------------------------------------------------------------------------------------
 
-def test_results_prints_and_writes_the_same_figures(tmp_path):
+def test_results_prints_and_writes_the_same_figures(tmp_path, command):
     truth, found = random_case(0)
     expected = figures(tmp_path, truth, found)
     gt, dt, out = (tmp_path / name for name in ("gt.json", "dt.json", "out.json"))
-    done = subprocess.run([sys.executable, ROOT / "evaluate.py", "results", "--gt", gt, "--dt", dt,
-                           "--out", out], capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr
+    code, said, err = command(evaluate, "results", "--gt", gt, "--dt", dt, "--out", out)
+    assert code == 0 and not err
     assert json.loads((tmp_path / "out.json").read_text()) == expected
-    lines = [line.split() for line in done.stdout.splitlines()]
+    lines = [line.split() for line in said.splitlines()]
     printed = {name: float(value) for name, value in lines}
     assert printed == pytest.approx(expected, abs=0.005)
 
@@ -620,11 +671,6 @@ def test_a_place_where_nothing_can_be_written_is_one_sentence_and_exit_code_2(tm
     code, _, err = command(evaluate, "results", *files,
                            "--out", tmp_path / "no" / "such" / "folder.json")
     assert code == 2 and err.count("\n") == 1
-
-
-def test_without_weights_or_command_the_usage_is_shown(command):
-    code, _, err = command(evaluate)
-    assert code == 2 and "--weights" in err
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)

@@ -159,6 +159,10 @@ def test_a_positive_moved_if_it_lies_more_than_a_stride_away():
     assert watch.row(prediction, [objects], [[match([1, 3], [0, 1])]])["moved"] == 0
     watch.note(prediction, [objects], [match([2, 3], [0, 1])])           # 11 away
     assert watch.row(prediction, [objects], [[match([2, 3], [0, 1])]])["moved"] == 50
+    # all since the last row: of four, one is 21 away, one a stride
+    watch.note(prediction, [objects], [match([0, 3], [0, 1])])
+    watch.note(prediction, [objects], [match([1, 3], [0, 1])])
+    assert watch.row(prediction, [objects], [[match([1, 3], [0, 1])]])["moved"] == 25
 
 
 def test_the_same_grid_point_in_a_mirrored_picture_did_not_move_and_objects_keep_their_names():

@@ -3,9 +3,6 @@
 Oracles: pycocotools, torchvision, PIL.
 """
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +15,6 @@ import data
 import scenes
 from pictures import DataError
 
-ROOT = Path(scenes.__file__).parent
 # pycocotools under numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 
@@ -57,6 +53,17 @@ def silhouette(annotation, image):
 # ------------------------------------------------------------------------------------------------
 # the same pictures for everybody
 # ------------------------------------------------------------------------------------------------
+
+def test_the_pictures_are_those_of_their_version():
+    """Boxes as the documents' figures were made with; other pictures want another VERSION."""
+    drawn = [scenes.draw(0, "train", 1)[1][n] for n in (0, -1)]
+    found = [(scenes.KINDS[o["kind"]], *o["box"].round(1).tolist()) for o in drawn]
+    assert scenes.VERSION == 2
+    assert found == [("crescent", 42.1, 41.5, 118.0, 94.8), ("disk", 22.6, 6.3, 46.8, 46.6)]
+    boxes = scenes.draw_crowd(0, "train", 0)[1]
+    assert scenes.CROWD_VERSION == 3 and len(boxes) == 24
+    assert [(b["tag"], *b["fbox"]) for b in boxes[:2]] == [
+        ("mask", 10.09, 18.36, 27.23, 12.05), ("person", -1.45, -11.62, 63.75, 61.59)]
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     first = contents(scenes.write(tmp_path / "a", seed=3, counts={"train": 5, "val": 3}))
@@ -126,11 +133,12 @@ def test_a_creature_has_one_colour_wherever_it_is_visible(tiny_scenes):
             assert (np.abs(picture[inside] - colour).max(1) < 40).mean() > 0.97
 
 
-def test_at_least_half_of_every_creature_is_visible(tiny_scenes):
+def test_three_quarters_of_every_creature_are_visible(tiny_scenes):
+    """Up to what pycocotools' edges and ours differ by."""
     for image, annotations in read(tiny_scenes):
         masks = [silhouette(a, image) for a in annotations]
         for n, mask in enumerate(masks):
-            assert behind(masks, n).sum() < 0.5 * mask.sum()
+            assert behind(masks, n).sum() < 0.3 * mask.sum()
 
 
 def test_boxes_overlap_less_than_nms_would_suppress(tiny_scenes):
@@ -246,13 +254,8 @@ def test_nothing_is_drawn_over_files_of_another(tmp_path):
 # command line
 # ------------------------------------------------------------------------------------------------
 
-def run(*arguments):
-    command = [sys.executable, ROOT / "scenes.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_show_writes_a_sheet_that_opens(tmp_path):
-    assert run("--show", tmp_path / "sheet.png").returncode == 0
+def test_show_writes_a_sheet_that_opens(tmp_path, command):
+    assert command(scenes, "--show", tmp_path / "sheet.png")[0] == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG" and min(sheet.size) > 5 * scenes.SIZE
         assert len(sheet.convert("RGB").getcolors(2 ** 24)) > 1000    # not a blank page
@@ -263,8 +266,9 @@ def test_show_writes_a_sheet_that_opens(tmp_path):
     ("--show", "sheet"),                        # no ending that names a kind of picture
     ("--out", "file"),
 ])
-def test_what_cannot_be_written_is_one_sentence_and_exit_code_2(tmp_path, flag, where):
+def test_what_cannot_be_written_is_one_sentence_and_exit_code_2(
+        tmp_path, command, monkeypatch, flag, where):
+    monkeypatch.setattr(scenes, "specimen", lambda *of: Image.new("RGB", (4, 4)))
     (tmp_path / "file").write_text("a file where the folder should be")
-    done = run(flag, tmp_path / where)
-    assert done.returncode == 2
-    assert done.stderr.startswith("scenes.py: ") and done.stderr.count("\n") == 1
+    code, _, err = command(scenes, flag, tmp_path / where)
+    assert code == 2 and err.startswith("scenes.py: ") and err.count("\n") == 1

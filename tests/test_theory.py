@@ -1,7 +1,4 @@
 """Section 4: its statements on random samples, hulls by linear programming, a case by hand."""
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +6,6 @@ from scipy.optimize import linprog
 
 import theory
 
-ROOT = Path(theory.__file__).parent
 STEP = theory.STEP_SIZES["0.1"]
 
 
@@ -120,16 +116,15 @@ def test_three_samples_on_a_line_step_by_step():
 def test_a_cycle_returns_to_its_classifier_and_the_assumption_fails_in_it():
     seed, path, begins = theory.cycle()
     x, _, _ = theory.start(seed, 20, 2)
-    again = theory.perceptron(x, path.w[begins], theory.highest, lambda t: 0.5, most=101)
     length = len(path.w) - 1 - begins
-    for turn in range(100 // length):
-        np.testing.assert_allclose(again.w[turn * length], path.w[begins], atol=1e-9)
+    again = theory.perceptron(x, path.w[begins], theory.highest, lambda t: 0.5, most=2 * length)
+    for t in range(2 * length + 1):
+        np.testing.assert_allclose(again.w[t], path.w[begins + t % length], atol=1e-9)
     assert not all(path.assumed[begins:len(path.w) - 1])
 
 
-def test_the_page_runs_and_draws(tmp_path):
-    words = [sys.executable, ROOT / "theory.py"]
-    run = subprocess.run([*words, "--seeds", "3"], capture_output=True, text=True, check=True)
-    assert run.stdout.count("3/3") >= 12 and run.stdout.count("0/3") == 6
-    subprocess.run([*words, "--picture", tmp_path / "theory.png"], check=True)
+def test_the_page_runs_and_draws(tmp_path, command):
+    code, out, _ = command(theory, "--seeds", 3)
+    assert code == 0 and out.count("3/3") >= 12 and out.count("0/3") == 6
+    assert command(theory, "--picture", tmp_path / "theory.png")[0] == 0
     assert (tmp_path / "theory.png").stat().st_size > 10_000
