@@ -1,4 +1,5 @@
 """The bench measures what it says: its peers do the same work as ours, and its ratios are fair."""
+import json
 import statistics
 
 import pytest
@@ -62,3 +63,17 @@ def test_the_peers_step_learns_what_ours_does():
     count = [sum(p.numel() for p in model.parameters() if p.requires_grad)
              for model in (ours, theirs)]
     assert count[0] == pytest.approx(count[1], rel=0.01)
+
+
+def test_the_command_prints_and_writes_the_rows_of_the_parts_it_is_asked_for(
+        tmp_path, command, monkeypatch):
+    rows = [bench.Row("ours alone", 0.25), bench.Row("both", 0.002, "peer", 0.004, 0.5)]
+    monkeypatch.setitem(bench.PARTS, "matching", lambda device: rows)
+    code, out, err = command(bench, "matching", "--json", tmp_path / "bench.json")
+    assert code == 0 and out.splitlines()[-2:] == [bench.told(row) for row in rows], err
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert [(row["part"], row["what"], row["ratio"]) for row in written["rows"]] == [
+        ("matching", "ours alone", None), ("matching", "both", 0.5)]
+    assert written["machine"]["device"] == "cpu"
+    code, _, err = command(bench, "matchin")
+    assert code == 2 and "no such part: matchin" in err
