@@ -131,12 +131,16 @@ def test_a_file_of_another_program_is_refused(tmp_path, reader, content):
 QUERIES = {"backbone": "tiny", "width": 32, "layers": 1, "hidden": 32, "queries": 5,
            "dropout": 0.0, "levels": 2, "refine": True}
 TOWERS = {"backbone": "tiny", "width": 16, "depth": 1, "extra": 1}
+RESNET = {"backbone": "resnet18", "original": True, "width": 16, "depth": 1}
 TODAY = {
     "retinanet": (
         {**TOWERS, "original": False, "scales": 1, "tower_norm": True,
          "delta_weights": (10.0, 10.0, 5.0, 5.0)},
         {**SLIM, "anchor_scales": 1, "tower_norm": True,
          "delta_weights": (10.0, 10.0, 5.0, 5.0)}),
+    "retinanet without levels of its own": (
+        {**TOWERS, "original": False, "extra": 0, "scales": 1},
+        {**SLIM, "extra_levels": 0, "anchor_scales": 1}),
     "retinanet one-to-many": (
         {**TOWERS, "original": True, "scales": 2, "tower_norm": False,
          "delta_weights": (1.0, 1.0, 1.0, 1.0)},
@@ -151,6 +155,10 @@ TODAY = {
         {"backbone": "tiny", "original": False, "box_prior": 12.0, "deform": False,
          "widths": (16, 8), "laterals": False},
         {"backbone": "tiny", "deform": False, "neck_widths": (16, 8)}),
+    "centernet with a list": (           # laterals was said of OneNet's, which always has them
+        {"backbone": "tiny", "original": False, "deform": False, "widths": [16, 8],
+         "laterals": True},
+        {"backbone": "tiny", "deform": False, "neck_widths": [16, 8]}),
     "centernet one-to-many": (
         {"backbone": "tiny", "original": True, "box_prior": 12.0, "deform": False,
          "widths": (16, 8, 8), "laterals": True},
@@ -161,16 +169,14 @@ TODAY = {
         QUERIES),
     # what convert.py wrote
     "retinanet torchvision": (
-        {"backbone": "resnet18", "original": True, "resnet": "torchvision",
-         "torchvision_grid": True, "extra_from": "p5"},
-        {"backbone": "resnet18", "original": True, "variant": "torchvision"}),
+        {**RESNET, "resnet": "torchvision", "torchvision_grid": True, "extra_from": "p5"},
+        {**RESNET, "variant": "torchvision"}),
     "fcos torchvision": (
-        {"backbone": "resnet18", "original": True, "resnet": "torchvision",
-         "torchvision_grid": True, "score_threshold": 0.2},
-        {"backbone": "resnet18", "original": True, "variant": "torchvision"}),
+        {**RESNET, "resnet": "torchvision", "torchvision_grid": True, "score_threshold": 0.2},
+        {**RESNET, "variant": "torchvision"}),
     "fcos detectron2": (
-        {"backbone": "resnet18", "original": True, "resnet": "msra", "score_threshold": 0.2},
-        {"backbone": "resnet18", "original": True, "resnet": "msra", "variant": "detectron2"}),
+        {**RESNET, "resnet": "msra", "score_threshold": 0.2},
+        {**RESNET, "resnet": "msra", "variant": "detectron2"}),
 }
 
 
