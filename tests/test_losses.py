@@ -3,12 +3,12 @@
 Slow loops in Python's own floating point, written from the recipes, are the judges.
 """
 import dataclasses
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 
 import assign
 import losses
@@ -443,21 +443,21 @@ def test_gradients_are_those_of_finite_differences(name):
 
 
 @every_loss
-@settings(max_examples=200)
-@given(counts=st.lists(st.integers(0, 3), min_size=1, max_size=3), exponent=st.floats(-3, 5),
-       place=st.sampled_from([0.0, 500.0]), saturation=st.sampled_from([0.0, 1.0, 25.0]),
-       same=st.sampled_from([None, "equal", "identical", "empty"]), seed=st.integers(0, 99))
-def test_losses_and_gradients_are_finite(name, counts, exponent, place, saturation, same, seed):
+@pytest.mark.parametrize("counts", [(2, 0, 3), (0,)])
+def test_losses_and_gradients_are_finite(name, counts):
     """Boxes of a thousandth to 100,000 pixels, logits up to +-50;
-    perfect, identical, empty predictions; no objects.
+    perfect, identical, empty predictions; no objects: in every combination.
     """
-    prediction, targets, matches = batch(counts, seed, 10 ** exponent, place, saturation, same)
-    outputs = {key: prediction.raw[key].requires_grad_() for key in USES[name]}
-    loss = compute(name, prediction, targets, matches, outputs)
-    loss.backward()
-    assert loss.isfinite()
-    for key, value in outputs.items():
-        assert value.grad.isfinite().all(), f"the gradient of {key} is not finite"
+    for case in itertools.product((1e-3, 10.0, 1e5), (0.0, 500.0), (0.0, 1.0, 25.0),
+                                  (None, "equal", "identical", "empty")):
+        scale, place, saturation, same = case
+        prediction, targets, matches = batch(counts, 0, scale, place, saturation, same)
+        outputs = {key: prediction.raw[key].requires_grad_() for key in USES[name]}
+        loss = compute(name, prediction, targets, matches, outputs)
+        loss.backward()
+        assert loss.isfinite(), case
+        for key, value in outputs.items():
+            assert value.grad.isfinite().all(), f"{case}: the gradient of {key} is not finite"
 
 
 @every_loss
