@@ -1,6 +1,6 @@
-"""convert.py beyond test_parity.py, which converts every published layout.
+"""convert.py beyond test_parity.py, which converts the layouts that its reference holds.
 
-Files, refusals, folding, evaluation, and torch.export.
+AdelaiDet's and CenterNet's layouts, files, refusals, folding, evaluation, and torch.export.
 """
 import argparse
 import fractions
@@ -71,10 +71,17 @@ def coco_of_one_picture(folder):
 
 
 def test_a_checkpoint_as_its_training_code_saved_it_needs_no_flag_in_evaluation(
-        onenet_r18, tmp_path, command):
+        onenet_r18, tmp_path, command, monkeypatch):
     """Published file -> convert.py -> evaluate.py --data coco:
     detector, classes, size and pixels travel inside.
     """
+    seen, features = [], models.Detector.features
+
+    def watched(self, images, mask, **options):
+        seen.append((self.pixels, *images.shape))
+        return features(self, images, mask, **options)
+
+    monkeypatch.setattr(models.Detector, "features", watched)
     torch.save({"model": onenet_r18, "optimizer": {"state": {}}, "iteration": 269_999},
                tmp_path / "model_final.pth")
     code, out, err = command(convert, tmp_path / "model_final.pth", "--out", tmp_path / "ours.pt")
@@ -87,6 +94,8 @@ def test_a_checkpoint_as_its_training_code_saved_it_needs_no_flag_in_evaluation(
     found = json.loads((tmp_path / "scores" / "detections.json").read_text())
     assert 90 <= len(found) <= 100
     assert {d["category_id"] for d in found} <= set(convert.COCO_IDS)
+    # the picture's 60 rows become 512, OneNet CenterNet's shorter side
+    assert seen == [("rgb", 1, 3, 512, 768)]
 
 
 def with_outputs(weights, classifier, number):
@@ -94,13 +103,49 @@ def with_outputs(weights, classifier, number):
     return {key: w[:number] if key.startswith(classifier) else w for key, w in weights.items()}
 
 
-@pytest.mark.parametrize("name, shortest, longest", [
-    ("onenet_fcos_r50", [800], 1400),
-    ("onenet_centernet_r18_nodcn", [512], 853),
+# shortest and longest side in evaluation (none: as the picture is), whether the longer one is
+# rounded down, and the ResNet and the pixels where they are not torchvision's
+OWN_SIZE = [], 10 ** 9, False
+COCO, DETRS = ([800], 1333, False), ([800], 1333, True)
+FACTS = {
+    "OneNet CenterNet": ([512], 853, False, None, None),
+    "OneNet FCOS": (*COCO, None, None),
+    "OneNet RetinaNet": (*COCO, None, None),
+    "AdelaiDet FCOS": (*COCO, "msra", None),
+    "detectron2 FCOS": (*COCO, "msra", None),
+    "detectron2 RetinaNet": (*COCO, "msra", None),
+    "torchvision FCOS": (*COCO, None, None),
+    "torchvision RetinaNet": (*COCO, None, None),
+    "CenterNet": (*OWN_SIZE, None, "bgr-unit"),
+    "CenterNet-better": (*OWN_SIZE, None, None),
+    "Sparse R-CNN": (*COCO, None, None),
+    "Deformable DETR": (*DETRS, None, None),
+    "DETR": (*DETRS, None, None),
+}
+
+
+def test_every_detector_is_evaluated_as_its_authors_do():
+    """At their size, rounded their way, on the pixels that their backbone knows."""
+    found = {}
+    for name, _, _, build, given in convert.LAYOUTS:
+        if "detector" in build:
+            size = data.Transform(**given)
+            found[name] = (size.shortest, size.longest, size.round_down, build.get("resnet"),
+                           build.get("pixels"))
+    assert found == FACTS
+
+
+@pytest.mark.parametrize("name, classifier, shortest, longest", [
+    ("onenet_fcos_r50", "head.cls_score", [800], 1400),
+    ("onenet_centernet_r18_nodcn", "head.cls_score", [512], 853),
+    ("sparse_rcnn_r50", "class_logits", [800], 1500),
 ])
-def test_crowdhumans_one_class_brings_its_test_size(name, shortest, longest):
-    """COCO's classifiers cut to their first class stand for OneNet's released files."""
-    _, checkpoint = convert.convert(with_outputs(published_weights(name), "head.cls_score", 1))
+def test_crowdhumans_one_class_brings_its_test_size(name, classifier, shortest, longest):
+    """COCO's classifiers cut to their first class stand for the released files: shapes alone."""
+    with torch.device("meta"):
+        weights = {key: torch.empty([1, *shape[1:]] if classifier in key else list(shape))
+                   for key, shape in reference()[name]["shapes"].items()}
+        _, checkpoint = convert.convert(weights)
     assert checkpoint["class_names"] == ["person"] and checkpoint["args"]["max_dets"] == 500
     assert checkpoint["test_transform"] == {"shortest": shortest, "longest": longest}
 
@@ -307,6 +352,21 @@ def test_a_torchvision_retinanet_that_lacks_a_bias_is_told_so(key):
         convert.convert(weights)
 
 
+@pytest.mark.parametrize("name, change, words", [
+    ("deformable_detr_r50", lambda w: w.update({"class_embed.3.weight": torch.ones(1)}),
+     "but score.3.weight is not the copy of its first layer's"),
+    ("onenet_fcos_r50", lambda w: [w.pop(key) for key in list(w) if ".res4.5." in key],
+     "no ResNet of 18, 34, 50 or 101 layers .third stage: 5 blocks"),
+    ("onenet_fcos_r50", lambda w: [w.pop(key) for key in list(w) if "cls_score" in key],
+     "OneNet FCOS: its classifier is missing"),
+])
+def test_a_part_that_its_authors_never_had_so_is_named(name, change, words):
+    weights = keys_only(name)
+    change(weights)
+    with pytest.raises(CheckpointError, match=words):
+        convert.convert(weights)
+
+
 @pytest.mark.parametrize("content, words", [
     ({"model": {"a.weight": torch.zeros(2)}}, "none of the published layouts"),
     ([1, 2], "holds a list"),
@@ -347,6 +407,28 @@ def test_a_two_stage_deformable_detr_is_refused(tmp_path, command):
 # ------------------------------------------------------------------------------------------------
 # other names, other forms
 # ------------------------------------------------------------------------------------------------
+
+# AdelaiDet's names of what detectron2's FCOS, which was written after it, has too
+ADELAIDET = {"head.cls_subnet": "cls_tower", "head.bbox_subnet": "bbox_tower",
+             "head.cls_score": "cls_logits", "head.bbox_pred": "bbox_pred",
+             "head.ctrness": "ctrness"}
+
+
+def test_adelaidets_own_file():
+    """FCOS by its authors: the same network, and a learned factor for each level."""
+    theirs, given = published_weights("d2_fcos_r50"), {}
+    for n in (3, 0, 4, 2, 1):
+        given[f"proposal_generator.fcos_head.scales.{n}.scale"] = torch.tensor([n + 1.0])
+    for key, w in theirs.items():
+        for detectron2, own in ADELAIDET.items():
+            key = key.replace(detectron2, f"proposal_generator.fcos_head.{own}")
+        given[key] = w
+    layout, checkpoint = convert.convert(given)
+    assert layout == "AdelaiDet FCOS" and "variant" not in checkpoint["build"]
+    assert checkpoint["build"]["original"] and checkpoint["build"]["resnet"] == "msra"
+    expected = {**convert.convert(theirs)[1]["model"], "scale": torch.arange(1.0, 6)}
+    assert same(checkpoint["model"], expected)
+
 
 def centernet_names(own):
     """CenterNet's own names for our original CenterNet's:
