@@ -623,7 +623,7 @@ def test_torchvisions_losses_come_out_of_our_pieces(torchvision_peer, which):
 # ------------------------------------------------------------------------------------------------
 
 def test_box_pieces():
-    """IoU, GIoU, distances, deltas, focal loss and cost on random and degenerate boxes."""
+    """IoU, GIoU, distances, deltas and the focal cost on random and degenerate boxes."""
     box, focal = reference()["pieces/box"], reference()["pieces/focal"]
     delta = reference()["pieces/delta/1111"]
 
@@ -646,16 +646,30 @@ def test_box_pieces():
     labels = torch.arange(80)
     cost = assign.classification_cost(focal["logit"], labels)
     assert (cost - reference()["pieces/focal_cost"]["cost"]).abs().max() < 1e-5
-    loss = losses.sigmoid_focal_loss(focal["logit"], focal["target"], 0.25, 2.0)
-    assert (loss - focal["alpha.25_gamma2"]).abs().max() < 1e-5
+
+
+def test_focal_loss_and_gradient():
+    focal = reference()["pieces/focal"]
+    logits = focal["logit"].clone().requires_grad_()
+    q, labels = focal["target"].nonzero().unbind(1)
+    match = assign.Match(q, labels, q[:0])
+    loss = losses.focal_loss(logits[None], (torch.zeros_like(q), q), labels, [match])
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(focal["sum"]), rel=1e-5)
+    assert (logits.grad - focal["grad_of_sum"]).abs().max() < 1e-5
 
 
 def test_giou_loss_and_gradient():
+    """Of the paper's loss, each box of the reference the positive of its own object."""
     pieces = reference()["pieces/giou_diag"]
     boxes = pieces["pred"].clone().requires_grad_()
-    loss = generalized_box_iou_loss(boxes, pieces["target"], reduction="none")
-    loss.sum().backward()
-    assert (loss - pieces["loss"]).abs().max() < 1e-5
+    k = torch.arange(len(boxes))
+    one = models.Prediction(torch.zeros(1, len(k), 1), boxes[None])
+    target = {"boxes": pieces["target"], "labels": torch.zeros_like(k), "size": torch.ones(2)}
+    match = assign.Match(k, k, k[:0])
+    terms = losses.set_loss(one, [target], [[match]], num_objects=1, lambda_iou=1.0)
+    terms["giou"].backward()
+    assert terms["giou"].item() == pytest.approx(float(pieces["loss"].sum()), rel=1e-5)
     assert (boxes.grad - pieces["grad"]).abs().max() < 1e-5
 
 
