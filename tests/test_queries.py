@@ -165,30 +165,42 @@ def test_the_gradients_of_deformable_attention():
 
 def test_deformable_attention_begins_as_a_star():
     """Head h looks in direction 2 pi h / 8 on the unit square, point p at distance p + 1;
-    all alike.
+    all alike, whatever the query.
     """
-    module = queries.DeformableAttention(32, 8, 2, 4)
-    module.reset()
-    star = module.offset.bias.view(8, 2, 4, 2)
+    model = small("deformable-detr", heads=8, width=64)
+    found = [m for m in model.modules() if isinstance(m, queries.DeformableAttention)]
     directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
-    for head, direction in enumerate(directions):
-        for point in range(4):
-            expected = [(point + 1) * d for d in direction * 2]
-            assert star[head, :, point].flatten().tolist() == pytest.approx(expected, abs=1e-5)
+    assert len(found) == 4                  # two encoder layers, two decoder layers
+    for m in found:
+        star = m.offset.bias.view(8, 3, 4, 2)
+        for head, direction in enumerate(directions):
+            for point in range(4):
+                expected = [(point + 1) * d for d in direction * 3]
+                assert star[head, :, point].flatten().tolist() == pytest.approx(expected, abs=1e-5)
+        zeros = (m.offset.weight, m.weight.weight, m.weight.bias, m.value.bias, m.output.bias)
+        assert not any(p.any() for p in zeros)
+        assert is_xavier(m.value.weight) and is_xavier(m.output.weight)
 
 
 def test_query_detectors_start_as_published():
     """Transformers Xavier, sigmoid classes at 0.01; Deformable DETR's boxes around their reference
-    points, an eighth of the picture (sigmoid of -2); Sparse R-CNN's the whole picture."""
+    points, an eighth of the picture (sigmoid of -2), which later layers of the refined form keep;
+    Sparse R-CNN's the whole picture."""
     wide = {"width": 64, "hidden": 96}
-    detr, deformable = (small(name, **wide) for name in ("detr", "deformable-detr"))
+    detr, deformable = small("detr", **wide), small("deformable-detr", levels=4, **wide)
     for part in (detr.encoder, detr.decoder):
         assert all(is_xavier(p) for p in part.parameters() if p.dim() > 1)
     feed_forward = [layer.feed_forward for layer in [*deformable.encoder, *deformable.decoder]]
     assert all(is_xavier(p) for part in feed_forward for p in part.parameters() if p.dim() > 1)
-    for score, box in zip(deformable.score, deformable.box):
-        assert torch.allclose(score.bias.sigmoid(), torch.tensor(0.01))
-        assert (box[-1].weight == 0).all() and box[-1].bias.tolist() == [0, 0, -2, -2]
+    for conv, _ in deformable.project:
+        assert is_xavier(conv.weight) and not conv.bias.any()
+    refined = small("deformable-detr", refine=True, **wide)
+    for model, biases in [(deformable, [[0, 0, -2, -2]]),
+                          (refined, [[0, 0, -2, -2], [0, 0, 0, 0]])]:
+        assert [box[-1].bias.tolist() for box in model.box] == biases
+        assert not any(box[-1].weight.any() for box in model.box)
+        for score in model.score:
+            assert torch.allclose(score.bias.sigmoid(), torch.tensor(0.01))
 
     sparse = checkpoints.build("sparse-rcnn", 3, "tiny", **wide, queries=5, layers=2)
     assert sparse.boxes.weight.tolist() == [[0.5, 0.5, 1, 1]] * 5
@@ -389,6 +401,19 @@ def test_bfloat16_ends_before_logits_and_boxes(detector):
     assert prediction.logits.dtype == prediction.boxes.dtype == torch.float32
     # pixels of 96
     assert (prediction.boxes - exact.boxes).abs().median() < 2
+
+
+@every_query_detector
+def test_nms_works_on_the_k_best(detector):
+    """Three queries, the two best of which overlap; with k = 2 the third is in neither list."""
+    model = small(detector)
+    logits = torch.full((3, 3 + (detector == "detr")), -9.0)
+    logits[:, 0] = torch.tensor([5.0, 4.0, 3.0])
+    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60.0]])
+    found = model.detections(Prediction(logits, boxes, softmax=detector == "detr"), k=2)
+    assert found["plain"][0].tolist() == boxes[:2].tolist()
+    assert found["nms"][0].tolist() == boxes[:1].tolist()
+    assert found["nms"][2].tolist() == [0]
 
 
 def test_unused_ids_take_part_in_the_softmax_and_are_not_reported():
