@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import sigmoid_focal_loss
 
 import assign
 import losses
@@ -203,6 +204,7 @@ def test_retinanet_loss_agrees_with_a_slow_loop_over_three_steps():
     for step, counts in enumerate([(2, 0, 3), (0, 0, 0), (4, 1, 0)]):
         prediction, targets, matches = batch(counts, seed=step)
         matches[1] = matches[1]._replace(ignored=torch.tensor([60, 70]))
+        prediction.raw["deltas"].requires_grad_()
         average = 0.9 * average + 0.1 * max(1, sum(counts))
 
         l1 = 0.0
@@ -218,6 +220,58 @@ def test_retinanet_loss_agrees_with_a_slow_loop_over_three_steps():
         assert terms["class"].item() == pytest.approx(focal / average, rel=1e-4)
         assert terms["l1"].item() == pytest.approx(l1 / average, rel=1e-4)
         assert loss.positives_average.item() == pytest.approx(average)
+
+        # training may ask for the first step's gradient after the second: its divisor is the first
+        if step == 0:
+            early, deltas = sum(terms.values()), prediction.raw["deltas"]
+            share, positive = 1 / average, (torch.tensor([0, 0]), torch.tensor([0, 1]))
+        if step == 1:
+            early.backward()
+            assert deltas.grad[positive].abs().flatten().tolist() == pytest.approx([share] * 8)
+
+
+# class_cost is not lambda_cls, which weighs the loss
+WEIGHTS = {"assign": "hungarian", "class_cost": 3.0, "lambda_cls": 7.0, "lambda_l1": 11.0,
+           "lambda_iou": 13.0}
+
+
+@pytest.mark.parametrize("detector, location", [
+    ("fcos", "predicted"),
+    ("retinanet", "predefined"),
+    ("centernet", "predefined"),
+    ("fcos", "predefined"),
+])
+def test_the_weights_asked_for_reach_cost_and_loss(detector, location):
+    """Boxes 11 L1 - 13 GIoU, points 11 times twice their distance; classes 3 times the focal
+    loss they change.  All points are of one level here, on which no object is off its level.
+    """
+    prediction, targets, matches = batch()
+    if detector != "retinanet":
+        prediction.candidates = prediction.candidates[:, :2].repeat(1, 2)
+    prediction.strides = torch.full((len(prediction.candidates),), 8.0)
+    row = losses.row({**WEIGHTS, "detector": detector, "location_cost": location})
+    one, gt, unit = prediction.image(0), targets[0]["boxes"], (48, 32, 48, 32)
+
+    def between_boxes(a, b):
+        l1 = sum(abs(p - g) / u for p, g, u in zip(a, b, unit))
+        return 11 * l1 - 13 * slow_giou(a, b)
+
+    def between_points(a, b):
+        return 11 * sum(abs(2 * a[n] - b[n] - b[n + 2]) / unit[n] for n in (0, 1))
+
+    boxes = one.boxes if location == "predicted" else one.candidates
+    price = between_boxes if location == "predicted" or detector == "retinanet" else between_points
+    away = torch.tensor([[price(a, b) for b in gt.tolist()] for a in boxes.tolist()])
+    logits = one.logits[:, targets[0]["labels"]]
+    change = (sigmoid_focal_loss(logits, torch.ones_like(logits), 0.25, 2.0)
+              - sigmoid_focal_loss(logits, torch.zeros_like(logits), 0.25, 2.0))
+    torch.testing.assert_close(row.cost(one, targets[0]), away + 3 * change, atol=1e-4, rtol=1e-4)
+
+    published = slow_set_loss(prediction, targets, matches)            # with 2, 5 and 2
+    expected = {"class": published["class"] * 7 / 2, "l1": published["l1"] * 11 / 5,
+                "giou": published["giou"] * 13 / 2}
+    terms = row.loss(prediction, targets, [matches], num_objects=1)
+    assert {key: value.item() for key, value in terms.items()} == pytest.approx(expected, rel=1e-4)
 
 
 def slow_centreness(point, box):

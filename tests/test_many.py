@@ -45,12 +45,15 @@ def pictures():
 def test_the_branch_is_there_in_training_alone_and_learns_in_layers_of_its_own(name):
     images, mask, _ = pictures()
     plain, model = detector(name, 0), detector(name, 4)
-    assert not plain(images, mask).aux
+    expected = plain(images, mask)
+    assert not expected.aux
     # the same weights but for the twins, which start as their originals
     assert {key for key in model.state_dict() if not key.startswith("twins.")} == set(
         plain.state_dict())
     prediction = model(images, mask)
     (second,) = prediction.aux
+    assert torch.equal(prediction.logits, expected.logits)
+    assert torch.equal(prediction.boxes, expected.boxes)
     assert second.second and second.weight == 1 / 4 and not prediction.second
     assert torch.equal(second.logits, prediction.logits) and len(second.boxes) == 2
     second.logits.sum().backward()
@@ -229,6 +232,9 @@ def test_every_pair_of_rules_makes_a_row(rule, many_assign):
     words = f"--assign {rule} --many 3 --many-assign {many_assign}"
     flags, _ = recipes.effective_flags(vars(recipes.make_parser().parse_args(words.split())))
     cost, strategy = losses.many_row(flags)
+    own = {"one-to-many-iou": assign.predicted_iou_cost,
+           "one-to-many-points": assign.fcos_area_cost}
+    assert getattr(cost, "func", cost) is own.get(many_assign, assign.matching_cost)
     images, mask, targets = pictures()
     prediction = detector("fcos", 3)(images, mask)
     first = losses.row(flags)
@@ -239,6 +245,13 @@ def test_every_pair_of_rules_makes_a_row(rule, many_assign):
                          strategy)
     for n, m in enumerate(matches[1]):
         assert m.prediction.tolist() == alone[0][n].prediction.tolist()
+
+
+@pytest.mark.parametrize("location, cost", [("predefined", assign.anchor_iou_cost),
+                                            ("predicted", assign.predicted_iou_cost)])
+def test_retinanets_rule_judges_anchors_or_predicted_boxes(location, cost):
+    flags = {**FLAGS, "detector": "retinanet", "assign": "one-to-many-iou"}
+    assert losses.row({**flags, "location_cost": location}).cost is cost
 
 
 def test_twins_start_as_copies_of_what_init_loads(tmp_path):
