@@ -245,6 +245,19 @@ def test_weights_of_other_classes_fill_all_but_the_scores(tmp_path):
     assert answer == ([], [], ["score.weight", "score.bias"])
 
 
+def test_parts_that_are_spared_start_anew(tmp_path):
+    fcos, model = save(tmp_path / "last.pt"), checkpoints.build("fcos", 3, **SLIM)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    spared = ("class_tower", "score")
+    missing, left_over, shapes = checkpoints.load_weights(model, tmp_path / "last.pt", spared)
+    assert {name.split(".")[0] for name in missing} == set(spared)
+    assert left_over == shapes == []
+    for name, value in model.state_dict().items():
+        source = before if name in missing else fcos.state_dict()
+        assert torch.equal(value, source[name]), name
+    assert not torch.equal(model.score.weight, fcos.score.weight)
+
+
 @pytest.mark.parametrize("norm", ["frozen", "batch"])
 def test_a_torchvision_resnet_becomes_the_backbone(tmp_path, norm):
     """From its state dict: the last map is what torchvision's own network
@@ -261,6 +274,25 @@ def test_a_torchvision_resnet_becomes_the_backbone(tmp_path, norm):
     images = torch.randn(2, 3, 64, 64)
     answer = reference.fc(backbone(images)[-1].mean((2, 3)))
     torch.testing.assert_close(answer, reference(images), atol=1e-4, rtol=1e-4)
+
+
+def test_imagenet_is_torchvisions_first_version(monkeypatch):
+    """V1, from which the published recipes start; where there is no network, a sentence says so."""
+    asked = []
+
+    def fetch(url, *options, **more):
+        asked.append(url)
+        if len(asked) > 1:
+            raise OSError("no route")
+        return {"fc.bias": torch.zeros(1)}
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    with torch.device("meta"):
+        backbone = models.ResNet("resnet50")
+    assert checkpoints.imagenet(backbone).keys() == {"fc.bias"}
+    assert asked == ["https://download.pytorch.org/models/resnet50-0676ba61.pth"]
+    with pytest.raises(CheckpointError, match="cannot be downloaded .no route.; fetch .*resnet50"):
+        checkpoints.imagenet(backbone)
 
 
 def test_a_trained_detector_lends_its_backbone(tmp_path):
