@@ -4,7 +4,7 @@
 contract tests; `python grade.py my.py:my_strategy` does it in seconds, with points.
 """
 import itertools
-import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +154,47 @@ def test_l1_cost_by_hand():
     """8 pixels are 1/8 of a width of 64 and 1/4 of a height of 32."""
     boxes, gt = torch.tensor([[8.0, 0, 16, 32]]), torch.tensor([[0.0, 0, 16, 24]])
     assert assign.l1_cost(boxes, gt, torch.tensor([32, 64])).item() == pytest.approx(1 / 8 + 1 / 4)
+
+
+def detr_by_hand():
+    """One query and one object, and -GIoU, in a picture 64 wide and 32 high.
+
+    Centres lie 4 to the right and 4 below, sides differ by 8 and 8; corners by 8 right and 8 down.
+    The boxes share 192, their union is 448, their hull 512.
+    """
+    one = Prediction(torch.tensor([[4.0, 3, 2, 1]]).log(), torch.tensor([[8.0, 0, 16, 32]]))
+    target = {"boxes": torch.tensor([[0.0, 0, 16, 24]]), "labels": torch.tensor([1]),
+              "size": torch.tensor([32, 64])}
+    return one, target, 64 / 512 - 192 / 448
+
+
+def test_detrs_class_cost_is_minus_the_probability():
+    """Its logits here are those of 4, 3, 2 tenths for the classes and 1 for "no object"."""
+    one, target, _ = detr_by_hand()
+    cost = assign.softmax_cost(one.logits, torch.tensor([1, 0, 0]))
+    assert cost[0].tolist() == pytest.approx([-0.3, -0.4, -0.4])
+
+    def nowhere(one, target):
+        return torch.zeros(1, 1)
+
+    one.softmax = True
+    cost = assign.matching_cost(one, target, location=nowhere, class_cost=1)
+    assert cost.item() == pytest.approx(-0.3)
+
+
+def test_detrs_l1_compares_centres_and_sides():
+    """Of predicted boxes; its family has no anchors, whose corners are compared."""
+    one, target, far = detr_by_hand()
+    centres, corners = 4 / 64 + 4 / 32 + 8 / 64 + 8 / 32, 8 / 64 + 8 / 32
+    cost = assign.l1_cost(one.boxes, target["boxes"], target["size"], centre=True)
+    assert cost.item() == pytest.approx(centres)
+
+    one.candidates = one.boxes
+    for centre_l1, l1 in ((False, corners), (True, centres)):
+        one.centre_l1 = centre_l1
+        predicted, anchor = assign.predicted_location, assign.anchor_location
+        assert predicted(one, target).item() == pytest.approx(5 * l1 + 2 * far)
+        assert anchor(one, target).item() == pytest.approx(5 * corners + 2 * far)
 
 
 def test_giou_cost_of_boxes_without_extent_is_a_number():
@@ -367,6 +408,15 @@ def test_hungarian_with_forbidden_pairs_serves_as_many_objects_as_possible(crowd
         large = cost.double().nan_to_num(posinf=1e6).numpy()
         cheapest = large[linear_sum_assignment(large)].sum() - 1e6 * (25 - len(prediction))
         assert cost[prediction, object_].sum().item() == cheapest
+
+
+def test_an_object_is_served_however_dear_that_makes_the_others():
+    """All but the last could move to the next prediction, for nothing; then the last has none."""
+    G, dear = 12, 1e6
+    cost = torch.full((G, G), INF).fill_diagonal_(dear)
+    cost[torch.arange(1, G), torch.arange(G - 1)] = 0
+    prediction, object_ = hungarian(cost)
+    assert prediction.tolist() == object_.tolist() == list(range(G))
 
 
 def test_hungarian_answers_in_the_order_of_predictions():
@@ -595,19 +645,41 @@ def test_the_readmes_example_keeps_the_contract(tmp_path):
         assert len(set(prediction.tolist())) == len(set(object_.tolist())) == len(prediction)
 
 
-def test_the_assigner_option(tmp_path):
-    """A good strategy passes; the author of a broken one reads why it does not."""
-    (tmp_path / "my.py").write_text("import assign\n"
-                                    "def good(cost):\n    return assign.hungarian(cost)\n"
-                                    "def broken(cost):\n    return assign.min_cost(cost)\n")
+MY_OWN = """import assign
+
+def good(cost):
+    return assign.hungarian(cost)
+
+def broken(cost):
+    return assign.min_cost(cost)
+
+def good_price(one, target):
+    return assign.predicted_location(one, target)
+
+def broken_price(one, target):
+    return assign.predicted_location(one, target).log()
+"""
+
+
+def test_the_options_for_ones_own(tmp_path):
+    """A good strategy or cost passes; the author of a broken one reads why it does not."""
+    my = tmp_path / "my.py"
+    my.write_text(MY_OWN)
     command = [sys.executable, "-m", "pytest", "tests/test_assign.py", "-q",
-               "-p", "no:cacheprovider", "-k", "test_contract_shapes",
-               "--assigner", f"{tmp_path}/my.py:good", "--assigner", f"{tmp_path}/my.py:broken"]
+               "-p", "no:cacheprovider",
+               "-k", "my.py and (test_contract_shapes or test_contract_of_costs)",
+               "--assigner", f"{my}:good", "--assigner", f"{my}:broken",
+               "--cost", f"{my}:good_price", "--cost", f"{my}:broken_price"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
-    assert run.returncode == 1 and failed, run.stdout
+    assert run.returncode == 1, run.stdout
+    for name in ("broken", "broken_price"):
+        assert any(f"my.py:{name}-" in line or f"my.py:{name}]" in line for line in failed), failed
     assert all("my.py:broken" in line for line in failed), run.stdout
     assert "a prediction must appear at most once" in run.stdout
+    assert "a cost must be a number or inf" in run.stdout
+    # 24 shapes for either strategy, and two costs
+    assert re.search(rf"{len(failed)} failed, {50 - len(failed)} passed", run.stdout), run.stdout
 
 
 # ------------------------------------------------------------------------------------------------
@@ -769,6 +841,22 @@ def test_match_runs_in_float32_without_gradient(assigner):
         answer = match(prediction, targets, cost, assigner)[0]
     for m, expected in zip(answer, match(rounded, targets, cost, assigner)[0]):
         assert as_set(m.prediction, m.object) == as_set(expected.prediction, expected.object)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_strategy_is_given_float32_whatever_the_cost_computes_in(kind):
+    prediction, targets = random_batch((3,), aux=0)
+    given = []
+
+    def cost(one, target):
+        return assign.matching_cost(one, target).to(kind)
+
+    def mine(cost):
+        given.append(cost.dtype)
+        return hungarian(cost)
+
+    match(prediction, targets, cost, mine)
+    assert given == [torch.float32]
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
