@@ -261,8 +261,10 @@ def test_the_original_centernet_begins_with_boxes_of_the_prior_and_may_have_late
 
 def test_box_prior_is_the_distance_to_begin_with():
     """In strides, on all four sides."""
-    for detector, strides in [("fcos", STRIDES), ("centernet", (4,))]:
-        model = small(detector, box_prior=3.0)
+    for detector, original, options, strides in [
+            ("fcos", False, {}, STRIDES), ("fcos", True, {}, STRIDES),
+            ("centernet", False, {}, (4,)), ("centernet", False, {"neck_widths": (16, 16)}, (8,))]:
+        model = small(detector, original, box_prior=3.0, **options)
         torch.nn.init.zeros_(model.ltrb.weight)
         prediction = run(model)
         assert model.strides == strides and set(prediction.strides.tolist()) <= set(strides)
@@ -312,11 +314,12 @@ def test_heads_start_as_published(detector, original, start):
     heads = [part for name, part in model.named_children() if name != "backbone"
              and not (name == "neck" and detector != "centernet")]
     convolutions = [m for part in heads for m in part.modules()
-                    if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
+                    if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d,
+                                      models.DeformConv))]
     assert len(convolutions) >= 5 and all(start(m.weight) for m in convolutions)
     assert torch.allclose(model.score.bias.sigmoid(), torch.tensor(0.01))
     assert all((m.bias == 0).all() for m in convolutions
-               if m.bias is not None and m is not model.score)
+               if getattr(m, "bias", None) is not None and m is not model.score)
 
 
 def test_a_pyramid_starts_uniform_by_its_fan_in():
@@ -581,8 +584,8 @@ def test_a_red_picture_reaches_the_backbone_as_its_weights_know_it(pixels, red):
 
 
 @every_detector
-def test_padding_shows_the_mean_colour(detector):
-    """What lies under the mask does not matter."""
+def test_what_lies_in_the_padding_does_not_matter(detector):
+    """Under the mask every picture is the same."""
     model = small(detector)
     images = torch.randint(0, 256, (2, 2, 3, 64, 96), dtype=torch.uint8)
     mask = torch.zeros(2, 64, 96, dtype=torch.bool)
@@ -590,7 +593,8 @@ def test_padding_shows_the_mean_colour(detector):
     images = torch.where(mask[:, None], images, images[0])
     with torch.no_grad():
         a, b = model(images[0], mask), model(images[1], mask)
-    assert not torch.equal(images[0], images[1]) and torch.equal(a.logits, b.logits)
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(a.logits, b.logits) and torch.equal(a.boxes, b.boxes)
 
 
 # ------------------------------------------------------------------------------------------------

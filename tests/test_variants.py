@@ -63,8 +63,9 @@ def test_fcoss_points_are_torchvisions():
         points = (theirs[:, :2] + theirs[:, 2:]) / 2
         ours = prediction.candidates[prediction.strides == stride]
         assert torch.equal(ours, points.repeat(1, 2))
-        # the authors' are the middles of cells
         assert ours[0].tolist() == [0, 0, 0, 0]
+    # the authors' are the middles of cells
+    assert run(small("fcos", None)).candidates[0].tolist() == [4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("variant, accepted", [
