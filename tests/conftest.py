@@ -1,4 +1,5 @@
 """Shared by all tests: the import path, the option for a strategy of your own, a few pictures."""
+import functools
 import socket
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import evaluate
+import figures
 import scenes
 
 torch.set_num_threads(1)        # the tensors are small, and the machine may be training
@@ -35,6 +37,13 @@ def seed():
 def slow_judge(monkeypatch):
     """pycocotools judges everywhere, whether or not hotcoco is installed."""
     monkeypatch.setattr(evaluate, "hotcoco", None)
+
+
+@pytest.fixture(autouse=True)
+def few_drawn(monkeypatch):
+    """A run draws a picture for each of its sheets: a dozen take longer than the run itself."""
+    for name in ("training_pictures", "detections_beside_truth"):
+        monkeypatch.setattr(figures, name, functools.partial(getattr(figures, name), count=1))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """A run that was stopped goes on, all of it; nothing is lost; what is damaged is told."""
+import functools
 import json
 import os
 import shlex
@@ -11,6 +12,8 @@ import torch
 
 import checkpoints
 import evaluate
+import figures
+import recipes
 import runs
 import train
 from test_runs import small_files                                    # noqa: F401 (a fixture)
@@ -190,9 +193,16 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_scenes, tmp_path, monkey
     assert weights(tmp_path / "run")["step"] == 4
 
 
-def test_a_full_disk_ends_the_run_in_a_sentence(tiny_scenes, tmp_path, fails, small_files):
-    fails(flags(tiny_scenes, out=tmp_path / "run"), "no space left", "go on")
-    assert not list((tmp_path / "run").glob("*.tmp"))
+@pytest.mark.parametrize("drawn, file, rows_there", [(12, "training.png", 0), (0, "last.pt", 4)])
+def test_a_full_disk_ends_the_run_in_a_sentence(
+        tiny_scenes, tmp_path, fails, small_files, monkeypatch, drawn, file, rows_there):
+    """At the first file that is larger than what is left: the pictures, or the checkpoint."""
+    draw = functools.partial(figures.training_pictures, count=drawn) if drawn else print
+    monkeypatch.setattr(figures, "training_pictures", draw)
+    out = tmp_path / "run"
+    fails(flags(tiny_scenes, out=out), f"{file}: no space left", "go on")
+    assert not list(out.glob("*.tmp")) and not (out / "last.pt").exists()
+    assert (len(rows(out / "log.csv")) if rows_there else 0) == rows_there
 
 
 # ------------------------------------------------------------------------------------------------
