@@ -15,10 +15,12 @@ import torchvision
 
 import assign
 import checkpoints
+import data
 import evaluate
 import losses
 import models
 import recipes
+import runs
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,8 +75,17 @@ def fails(command):
     return run
 
 
-FILES = {"args.json", "log.csv", "eval.csv", "last.pt",
-         "detections.json", "metrics.json", "detections.png"}
+FILES = {"args.json", "log.csv", "eval.csv", "last.pt", "training.png",
+         "detections.json", "detections_nms.json", "metrics.json", "detections.png"}
+
+
+def assert_all_learn(out):
+    """AdamW keeps a state for each parameter that had a gradient, and for no other.
+
+    Processes would wait for a gradient that one of them never has, in the second step.
+    """
+    optimizer = weights(out)["optimizer"]
+    assert len(optimizer["state"]) == sum(len(g["params"]) for g in optimizer["param_groups"])
 
 
 @pytest.mark.parametrize("detector", ["fcos", "retinanet", "centernet"])
@@ -96,26 +107,39 @@ def test_every_row_of_the_dense_half_of_tables_1_and_2_runs_and_leaves_its_files
     assert len(losses) == 2 and all(0 < loss < 1e4 for loss in losses)
     metrics = json.loads((out / "metrics.json").read_text())
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "nms"} <= metrics.keys()
+    assert_all_learn(out)
 
-@pytest.mark.parametrize("detector, side", [("detr", 70), ("deformable-detr", 70), ("fcos", 96),
-                                            ("sparse-rcnn", 96)])
-def test_each_detector_is_trained_and_evaluated_with_its_own_padding(
-        tiny_scenes, tmp_path, monkeypatch, detector, side):
-    """Pictures of 70 pixels: as they are for DETR's family, else on 96, a multiple of 32.
 
-    Four at a time in training, one at a time in evaluation of other than the embedded data.
-    """
-    seen, features = [], models.Detector.features
+@pytest.fixture
+def seen(monkeypatch):
+    """What the network is shown: whether it trains, in bfloat16, and the shape of each batch."""
+    batches, features = [], models.Detector.features
 
     def watched(self, images, mask, **options):
-        seen.append((self.training, *images.shape))
+        batches.append((self.training, torch.is_autocast_enabled("cpu"), *images.shape))
         return features(self, images, mask, **options)
 
     monkeypatch.setattr(models.Detector, "features", watched)
+    return batches
+
+
+@pytest.mark.parametrize("detector, side, precision", [
+    ("detr", 70, "fp32"), ("deformable-detr", 70, "fp32"), ("fcos", 96, "fp32"),
+    ("sparse-rcnn", 96, "fp32"), ("fcos", 96, "bf16")])
+def test_each_detector_is_trained_and_evaluated_with_its_own_padding(
+        tiny_scenes, tmp_path, seen, detector, side, precision):
+    """Pictures of 70 pixels: as they are for DETR's family, else on 96, a multiple of 32.
+
+    Four at a time in training, one at a time in evaluation of other than the embedded data; both
+    in bfloat16 where that is asked for.
+    """
+    sides = dict.fromkeys(("train-sizes", "train-longest", "test-size", "test-longest"), 70)
     train.main(flags(tiny_scenes, detector=detector, steps=1, out=tmp_path / "run",
-                     **{"train-sizes": 70, "train-longest": 70, "test-size": 70,
-                        "test-longest": 70}))
-    assert seen == [(True, 4, 3, side, side)] + 7 * [(False, 1, 3, side, side)]
+                     precision=precision, **sides))
+    half = precision == "bf16"
+    assert seen == [(True, half, 4, 3, side, side)] + 7 * [(False, half, 1, 3, side, side)]
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "run")["model"].values()
+               if value.is_floating_point())
 
 
 @pytest.mark.parametrize("detector, more", [
@@ -136,6 +160,7 @@ def test_every_row_of_the_other_half_runs_and_leaves_its_files(
     assert len(losses) == 2 and all(0 < loss < 1e4 for loss in losses)
     expected = 0 if class_cost else 1 if detector == "detr" else 2
     assert json.loads((out / "args.json").read_text())["class_cost"] == expected
+    assert_all_learn(out)
 
 
 def test_a_small_run_learns_what_an_untrained_network_cannot(tiny_scenes, tmp_path):
@@ -205,16 +230,18 @@ def test_ctrl_c_saves_the_step_it_reached_and_resume_goes_on_from_there(
         tiny_scenes, tmp_path, monkeypatch, capsys):
     real, calls = train.match, []
 
-    def interrupt_in_step_3(*args):
+    def interrupt_in_step_2(*args):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2:
             os.kill(os.getpid(), 2)
         return real(*args)
 
-    monkeypatch.setattr(train, "match", interrupt_in_step_3)
+    monkeypatch.setattr(train, "match", interrupt_in_step_2)
     with pytest.raises(SystemExit) as stop:
         train.main(flags(tiny_scenes, out=tmp_path / "run"))
     assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
+    # read in the step after it, and before the checkpoint that is due after step 4
+    assert weights(tmp_path / "run")["step"] == 3
     monkeypatch.setattr(train, "match", real)
     train.main(["--resume", "--out", str(tmp_path / "run")])
     train.main(flags(tiny_scenes, out=tmp_path / "whole"))
@@ -231,11 +258,19 @@ def test_resume_refuses_changed_flags_by_name_and_touches_nothing(tiny_scenes, t
 
 
 def run_processes(count, port, arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
-               "--master-port", port, str(ROOT / "train.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    """With the environment that torchrun would give them; torchrun itself starts test_resume's."""
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count),
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                text=True, env={**shared, "RANK": str(n), "LOCAL_RANK": str(n)})
+               for n in range(count)]
+    try:
+        said = [process.communicate(timeout=300)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * count, "".join(said)[-4000:]
 
 
 @pytest.fixture
@@ -268,42 +303,70 @@ def test_two_processes_compute_the_losses_and_gradients_of_one(
     for a, b in zip(one, two, strict=True):
         assert float(a["gradient_norm"]) == pytest.approx(float(b["gradient_norm"]), rel=1e-5)
         # normalised over all processes, so that even the terms agree
-        if assign == "hungarian":
-            assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
 
     a, b = (json.loads((tmp_path / run / "detections.json").read_text()) for run in ("one", "two"))
     assert [d["image_id"] for d in a] == [d["image_id"] for d in b]
     assert [d["score"] for d in a] == pytest.approx([d["score"] for d in b], abs=1e-5)
+    for one, two in zip(a, b, strict=True):
+        assert one["bbox"] == pytest.approx(two["bbox"], abs=0.01), one     # pixels
 
 
-@pytest.mark.parametrize("detector, more", [
-    ("detr", []),
-    ("deformable-detr", ["--refine"]),
-    ("sparse-rcnn", []),
-    ("centernet", []),
-])
-def test_every_kind_of_detector_trains_in_two_processes(
-        tiny_scenes, tmp_path, port, command, detector, more):
-    """No parameter may be left without a gradient,
-    on which the processes would wait for each other in the second step.
-    """
-    words = flags(tiny_scenes, out=tmp_path / "run", detector=detector, steps=3)
-    run_processes(2, port, words + more)
+def test_what_two_processes_trained_is_scored_as_one_finds_it(
+        tiny_scenes, tmp_path, port, command):
+    """Batch norm's statistics differ from process to process: those of the checkpoint count."""
+    run_processes(2, port, flags(tiny_scenes, out=tmp_path / "run", detector="centernet", steps=3))
     assert len(rows(tmp_path / "run" / "log.csv")) == 3
-
-    # batch norm's statistics differ from process to process: those of the checkpoint count
     assert command(evaluate, "--weights", tmp_path / "run", "--out", tmp_path / "again")[0] == 0
     here, there = (json.loads((tmp_path / run / "detections.json").read_text())
                    for run in ("run", "again"))
     assert [d["score"] for d in here] == pytest.approx([d["score"] for d in there], abs=1e-6)
 
 
+def in_force(*words):
+    return recipes.effective_flags(vars(recipes.make_parser().parse_args(words)))[0]
+
+
+@pytest.mark.parametrize("sizes, expected", [
+    (["--train-sizes", "64", "96", "--train-longest", "120"],
+     {"shortest": [64, 96], "longest": 120, "square": 0}),
+    (["--square", "64"], {"shortest": [], "longest": 10 ** 9, "square": 64})])
+def test_flags_of_the_pictures_reach_the_pictures(tiny_scenes, tmp_path, sizes, expected):
+    """Those of training alone change nothing in evaluation; each has a value of its own here."""
+    files = [part for split in ("train", "val") for part in (
+        f"--{split}-json", f"{tiny_scenes}/{split}.json",
+        f"--{split}-images", f"{tiny_scenes}/{split}")]
+    flags = in_force(*files, *sizes, *"--test-size 80 --test-longest 110 --flip 0.1 --crop 0.2 "
+                     "--round-down --colours 0.3 --shift 5 --seed 6".split())
+    ours, theirs = train.open_data(flags, runs.Process(0, 1, "cpu"))
+    assert ours.transform == data.Transform(flip=0.1, crop=0.2, round_down=True, colours=0.3,
+                                            shift=5, **expected)
+    assert theirs.transform == data.Transform([80], 110, round_down=True)
+    assert (len(ours), len(theirs), ours.seed) == (24, 7, 6)
+
+
+def test_pictures_without_objects_are_left_out_of_training_where_that_is_asked_for(
+        tiny_scenes, tmp_path, monkeypatch):
+    """Six of 24 pictures hold objects; in an epoch of two steps nothing else is seen."""
+    content = json.loads((tiny_scenes / "train.json").read_text())
+    few = {image["id"] for image in content["images"][::4]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in few]
+    (tmp_path / "few.json").write_text(json.dumps(content))
+    counts, real = [], train.match
+
+    def watched(prediction, targets, *more):
+        counts.extend(len(target["boxes"]) for target in targets)
+        return real(prediction, targets, *more)
+
+    monkeypatch.setattr(train, "match", watched)
+    train.main(flags(tiny_scenes, out=tmp_path / "run", steps=2, shift=0,
+                     **{"train-json": tmp_path / "few.json"}) + ["--skip-empty"])
+    assert len(counts) == 8 and all(counts)
+
+
 # ------------------------------------------------------------------------------------------------
 # learning rate, weight decay, clipping
 # ------------------------------------------------------------------------------------------------
-
-def in_force(*words):
-    return recipes.effective_flags(vars(recipes.make_parser().parse_args(words)))[0]
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -383,19 +446,26 @@ def test_the_checkpoint_alone_gives_the_same_figures_again(
     assert (again / "detections.json").read_text() == (run / "detections.json").read_text()
 
 
-def test_pictures_of_their_own_size_are_evaluated_and_gone_on_with(tiny_scenes, tmp_path, command):
-    """As the recipe of COCO's one-to-many CenterNet: squares in training, nothing resized after."""
+def test_pictures_of_their_own_size_are_evaluated_and_gone_on_with(
+        tiny_scenes, tmp_path, command, seen):
+    """As the recipe of COCO's one-to-many CenterNet: squares in training, nothing resized after.
+
+    The pictures have 128 pixels.
+    """
     words = flags(tiny_scenes, steps=2, out=tmp_path / "run", square=64)
     for name in ("--train-sizes", "--train-longest", "--test-longest"):
         at = words.index(name)
         words[at:at + 2] = []
     words[words.index("--test-size") + 1] = "0"
     train.main(words)
+    evaluated = 7 * [(False, False, 1, 3, 128, 128)]
+    assert seen == 2 * [(True, False, 4, 3, 64, 64)] + evaluated
     kept = json.loads((tmp_path / "run" / "args.json").read_text())
     assert kept["square"] == 64 and not {"train_sizes", "train_longest", "test_longest"} & set(kept)
     code, out, err = command(evaluate, "--weights", tmp_path / "run", "--device", "cpu")
     assert code == 0 and out.splitlines()[-1].startswith("AP "), err
     train.main(["--resume", "--out", str(tmp_path / "run")])
+    assert seen[9:] == 2 * evaluated
 
 
 def test_without_a_val_split_a_share_is_cut_off_the_same_in_training_and_evaluation(
@@ -453,13 +523,6 @@ def student(tmp_path, body):
     return f"{file}:mine"
 
 
-def test_a_student_function_plugs_in(tiny_scenes, tmp_path):
-    mine = student(tmp_path, "return cost.argmin(0), torch.arange(cost.shape[1])")
-    train.main(flags(tiny_scenes, steps=2, out=tmp_path / "mine", assign=mine))
-    train.main(flags(tiny_scenes, steps=2, out=tmp_path / "ours", assign="min-cost"))
-    assert same(weights(tmp_path / "mine")["model"], weights(tmp_path / "ours")["model"])
-
-
 def dearest(cost):
     """A strategy nobody would choose: every object's dearest prediction."""
     return cost.argmax(0), torch.arange(cost.shape[1])
@@ -488,47 +551,19 @@ def test_an_edit_of_assign_py_on_disk_acts_in_training(tiny_scenes, tmp_path):
     edit = "    return cost.argmax(0), torch.arange(cost.shape[1])\n"
     (house / "assign.py").write_text(head + "def hungarian(cost):\n" + edit + body)
 
-    command = [sys.executable, "train.py", *flags(tiny_scenes, steps=5, out=tmp_path / "edited")]
+    command = [sys.executable, "train.py", *flags(tiny_scenes, steps=2, out=tmp_path / "edited")]
     done = subprocess.run(command, cwd=house, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     mine = student(tmp_path, edit.strip())
-    train.main(flags(tiny_scenes, steps=5, out=tmp_path / "mine", assign=mine))
+    train.main(flags(tiny_scenes, steps=2, out=tmp_path / "mine", assign=mine))
     assert same(weights(tmp_path / "edited")["model"], weights(tmp_path / "mine")["model"])
 
 
-@pytest.mark.parametrize("body, words", [
-    ("return cost.argmin(0)", ("two tensors",)),
-    ("return cost.argmin(0), torch.arange(cost.shape[1])[:-1]", ("one length",)),
-    ("return cost.amin(0), torch.arange(cost.shape[1])", ("long",)),
-    ("return cost.argmin(0) + 10 ** 6, torch.arange(cost.shape[1])", ("outside",)),
-    ("raise RuntimeError('I forgot')", ("I forgot", "image")),
-])
-def test_a_student_function_that_fails_is_told_what_it_did(
-        tiny_scenes, tmp_path, fails, body, words):
-    mine = student(tmp_path, body)
-    fails(flags(tiny_scenes, steps=2, out=tmp_path / "run", assign=mine), "mine", *words)
-
-
-def test_a_single_gpu_is_named_by_its_index(tiny_scenes, tmp_path, monkeypatch):
-    """torch.cuda.set_device wants one; without torchrun it is 0.
-
-    There is no GPU here: the run ends where it would begin.
-    """
-    named = []
-
-    def begin(flags, checkpoint, given, process):
-        named.append(process.device)
-        sys.exit(0)
-
-    monkeypatch.setattr(train.runs, "usable_device", lambda name: name or "cuda")
-    monkeypatch.setattr(torch.cuda, "set_device", named.append)
-    monkeypatch.setattr(train, "train", begin)
-    arguments = flags(tiny_scenes, out=tmp_path / "run")
-    at = arguments.index("--device")
-    with pytest.raises(SystemExit):
-        train.main(arguments[:at] + arguments[at + 2:])
-    assert named == ["cuda:0", "cuda:0"] and torch.device(named[0]).index == 0
+def test_a_student_function_that_fails_is_told_what_it_did(tiny_scenes, tmp_path, fails):
+    mine = student(tmp_path, "raise RuntimeError('I forgot')")
+    fails(flags(tiny_scenes, steps=2, out=tmp_path / "run", assign=mine),
+          "step 0: image ", "mine", "I forgot")
 
 
 def test_resume_takes_precision_auto_for_what_it_was(tiny_scenes, tmp_path):
@@ -574,15 +609,20 @@ def test_checkpoints_are_kept_at_the_shares_that_were_asked_for(tiny_scenes, tmp
 
 
 @pytest.mark.parametrize("detector", ["fcos", "retinanet"])
-@pytest.mark.parametrize("rule", [[], ["--class-cost", "0", "--location-cost", "predefined"],
-                                  ["--assign", "top-k"]])
 def test_with_location_frozen_only_the_classification_sub_net_learns(
-        tiny_scenes, tmp_path, detector, rule):
-    """Weights and batch norm's statistics of all else stay, through an evaluation and a resume."""
+        tiny_scenes, tmp_path, detector):
+    """Weights and batch norm's statistics of all else stay, through an evaluation and a resume.
+
+    The sub-net starts anew: of weights that no start would draw nothing is left.
+    """
     train.main(flags(tiny_scenes, out=tmp_path / "a", detector=detector, steps=1))
+    start, anew = weights(tmp_path / "a"), ("score.weight", "class_tower.0.weight")
+    for name in anew:
+        start["model"][name].fill_(7)
+    torch.save(start, tmp_path / "a" / "last.pt")
     frozen = {"detector": detector, "steps": 3, "init": tmp_path / "a" / "last.pt",
               "freeze": "location", "eval-every": 2, "keep-checkpoints": 0.67}
-    train.main(flags(tiny_scenes, out=tmp_path / "b", **frozen) + rule)
+    train.main(flags(tiny_scenes, out=tmp_path / "b", **frozen))
     (tmp_path / "c").mkdir()
     shutil.copy(tmp_path / "b" / "step-000002.pt", tmp_path / "c" / "last.pt")
     train.main(["--resume", "--out", str(tmp_path / "c")])
@@ -593,8 +633,8 @@ def test_with_location_frozen_only_the_classification_sub_net_learns(
         of_classes = name.split(".")[0] in ("class_tower", "score")
         if not of_classes:
             assert torch.equal(value, before[name]), name
-    # it started anew: the bias of the score is near its prior again
-    assert not torch.equal(after["score.weight"], before["score.weight"])
+    for name in anew:
+        assert after[name].abs().max() < 1, name
 
     one = train.checkpoints.load(tmp_path / "b" / "last.pt")[1]
     assert {len(part) for part in one["optimizer"]["state"].values()} == {3}     # AdamW's
@@ -608,8 +648,6 @@ def test_freezing_wants_a_start_and_a_sub_net(tiny_scenes, tmp_path, fails):
     fails(flags(tiny_scenes, out=tmp_path / "a", freeze="location"), "--freeze location", "--init")
     fails(flags(tiny_scenes, out=tmp_path / "a", detector="centernet", freeze="location",
                 init="x.pt"), "--freeze does not concern centernet")
-    fails(flags(tiny_scenes, out=tmp_path / "a") + ["--keep-checkpoints", "0.5", "2"],
-          "--keep-checkpoints 2.0", "to 1")
 
 
 def test_log_csv_says_where_the_positives_lie(tiny_scenes, tmp_path):
@@ -618,6 +656,6 @@ def test_log_csv_says_where_the_positives_lie(tiny_scenes, tmp_path):
     log = rows(tmp_path / "a" / "log.csv")
     assert [float(row["positives"]) for row in log] == [1, 1, 1]
     assert all(float(row["rank"]) >= 1 and 0 <= float(row["gap"]) <= 1 for row in log)
-    assert log[0]["moved"] == "" and 0 <= float(log[2]["moved"]) <= 100
+    assert log[0]["moved"] == "" and 0 < float(log[2]["moved"]) <= 100
     train.main(flags(tiny_scenes, out=tmp_path / "b", steps=6, assign="top-k"))
     assert float(rows(tmp_path / "b" / "log.csv")[0]["positives"]) > 2
