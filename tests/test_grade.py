@@ -1,18 +1,18 @@
 """Five kinds of hand-ins, each with the points it deserves."""
 import json
-import subprocess
+import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import assign
 import grade
+import train
 from assign import AssignError
-
-ROOT = Path(grade.__file__).parent
 
 RIGHT = """import assign
 def f(cost):
@@ -115,17 +115,19 @@ def test_another_seed_has_other_cases():
     assert all(same) and not all(a.equal(b) for a, b in zip(first, other))
 
 
-def test_the_command_prints_a_line_a_rule_and_writes_for_a_grader(tmp_path):
+def test_the_command_prints_a_line_a_rule_and_writes_for_a_grader(tmp_path, command):
+    """And a line of the sum, which ends it."""
     (tmp_path / "my.py").write_text(BROKEN)
-    run = subprocess.run([sys.executable, ROOT / "grade.py", f"{tmp_path}/my.py:f", "--json",
-                          tmp_path / "a.json"], capture_output=True, text=True)
+    code, out, err = command(grade, f"{tmp_path}/my.py:f", "--json", tmp_path / "a.json")
     written = json.loads((tmp_path / "a.json").read_text())
-    assert run.returncode == 1 and not run.stderr
+    assert code == 1 and not err
     assert len(written["rows"]) == len(grade.STRATEGY) and written["of"] == 100
-    assert run.stdout.splitlines()[-1] == f"{written['points']}/100 points for {tmp_path}/my.py:f"
-    missing = subprocess.run([sys.executable, ROOT / "grade.py", "none.py:f"], capture_output=True,
-                             text=True)
-    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+    lines = [line for line in out.splitlines() if re.match(r" *\d+/\d+", line)]
+    assert len(lines) == len(grade.STRATEGY) + 1
+    assert lines[-1] == out.splitlines()[-1]
+    assert lines[-1] == f"{written['points']}/100 points for {tmp_path}/my.py:f"
+    code, out, err = command(grade, "none.py:f")
+    assert code == 2 and not out and err.count("\n") == 1
 
 
 def test_points_of_the_effect_are_a_straight_line_between_the_published_cut_offs():
@@ -141,7 +143,7 @@ def test_points_of_the_effect_are_a_straight_line_between_the_published_cut_offs
     assert points(40, 43) == [50, 25]                    # half-way from 5, twice 2.5, down to 1
 
 
-def test_each_grading_trains_a_run_of_its_own_as_the_rule_or_as_that_of_a_second_branch(
+def test_each_grading_trains_a_run_of_its_own_by_the_rule_the_cost_or_a_second_branch(
         tmp_path, monkeypatch, capsys):
     asked, figures = [], {"AP": 40.0, "AP+NMS": 40.0, "duplicates": 0.1, "gap": 0.3}
 
@@ -150,23 +152,36 @@ def test_each_grading_trains_a_run_of_its_own_as_the_rule_or_as_that_of_a_second
         (tmp_path / out).mkdir(parents=True)
         return figures
 
+    (tmp_path / "my.py").write_text(COST)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(grade, "effect", trained)
     monkeypatch.setattr(grade, "REFERENCE", tmp_path / "reference.json")
     (tmp_path / "reference.json").write_text(json.dumps(
         {"end-to-end": [figures], "location only": [{**figures, "AP": 36.0}]}))
-    for words in ("", "", "--many 6"):
-        monkeypatch.setattr(sys, "argv", ["grade.py", "hungarian", "--train", *words.split()])
+    for words in ("hungarian", "hungarian", "hungarian --many 6", "my.py:f"):
+        monkeypatch.setattr(sys, "argv", ["grade.py", "--train", *words.split()])
         with pytest.raises(SystemExit) as end:
             grade.main()
         assert end.value.code == 0, capsys.readouterr()
     assert asked == [("runs/grade-hungarian-0", ["--assign", "hungarian", "--seed", "0"]),
                      ("runs/grade-hungarian-0-2", ["--assign", "hungarian", "--seed", "0"]),
                      ("runs/grade-hungarian-0-3", ["--many-assign", "hungarian", "--seed", "0",
-                                                   "--many", "6"])]
+                                                   "--many", "6"]),
+                     ("runs/grade-my.py-f-0", ["--cost", "my.py:f", "--seed", "0"])]
 
 
-def test_a_run_on_the_default_pictures_is_read(tiny_scenes, tmp_path, monkeypatch):
+@pytest.fixture
+def trained_here(monkeypatch):
+    """The command that grade.py starts, in this process: [python, train.py, its words]."""
+    def run(words):
+        assert Path(words[1]).name == "train.py"
+        train.main([str(word) for word in words[2:]])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(grade.subprocess, "run", run)
+
+
+def test_a_run_on_the_default_pictures_is_read(tiny_scenes, tmp_path, monkeypatch, trained_here):
     """As the README has it, without --data-dir: data/scenes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(grade, "STEPS", 1)
@@ -182,7 +197,8 @@ def test_a_run_on_the_default_pictures_is_read(tiny_scenes, tmp_path, monkeypatc
         grade.effect("runs/g", [*words, "--data-dir", "data/scenes18"])
 
 
-def test_a_finished_run_is_read_and_not_trained_again(tiny_scenes, tmp_path, monkeypatch):
+def test_a_finished_run_is_read_and_not_trained_again(
+        tiny_scenes, tmp_path, monkeypatch, trained_here):
     monkeypatch.setattr(grade, "STEPS", 2)
     words = ["--data-dir", str(tiny_scenes), "--width", "16", "--depth", "1", "--batch-size", "4"]
     first = grade.effect(tmp_path / "run", words)
