@@ -57,12 +57,16 @@ def test_an_evaluation_that_was_due_when_the_run_was_stopped_is_made_up_for(
     assert same(weights(parts)["model"], weights(whole)["model"])
 
 
-def test_a_finished_run_that_is_resumed_replaces_its_last_row(tiny_scenes, tmp_path):
+def test_a_finished_run_that_is_resumed_is_evaluated_again_and_replaces_its_last_row(
+        tiny_scenes, tmp_path):
     out = tmp_path / "run"
     train.main(flags(tiny_scenes, out=out))
-    before = (out / "eval.csv").read_text()
+    files = [out / name for name in ("eval.csv", "metrics.json", "detections.json")]
+    before = [file.read_text() for file in files]
+    for file in files[1:]:
+        file.unlink()
     train.main(["--resume", "--out", str(out)])
-    assert (out / "eval.csv").read_text() == before and before.count("\n") == 2
+    assert [file.read_text() for file in files] == before and before[0].count("\n") == 2
 
 
 def test_the_line_that_says_how_to_go_on_can_be_pasted(tiny_scenes, tmp_path, interrupted, capsys):
@@ -116,6 +120,9 @@ def test_a_process_that_is_killed_is_started_again_and_all_go_on(tiny_scenes, tm
     assert (tmp_path / "killed").exists() and "going on from step 4" in done.stdout
     assert "Traceback" not in done.stderr
     assert steps(tmp_path / "run" / "log.csv") == list(range(1, 9))
+    saved = weights(tmp_path / "run")
+    assert len(saved["buffers"]) == len(saved["random"]) == 2
+    assert not same(*saved["buffers"]) and not same(*saved["random"])
 
 
 def test_under_torchrun_the_sentence_is_the_last_thing_said(tiny_scenes, tmp_path, port):
@@ -263,6 +270,32 @@ def test_a_checkpoint_that_is_no_sound_one_is_told_in_a_line(
     assert {file.name for file in tmp_path.iterdir()} - late == {"last.pt"}
 
 
+def resumed(good, folder, name, value):
+    """The flags in force when a run goes on with one flag given."""
+    torch.save(good, folder / "last.pt")
+    words = ["--resume", "--out", str(folder), f"--{name}", value]
+    return recipes.effective_flags(vars(recipes.make_parser().parse_args(words)))[0]
+
+
+@pytest.mark.parametrize("name, value, in_force", [
+    ("device", "cuda", "cuda"), ("workers", "3", 3), ("accumulate", "4", 4),
+    ("log-every", "7", 7), ("checkpoint-every", "7", 7), ("eval-every", "7", 7),
+    ("keep-checkpoints", "0.3", [0.3]),
+    *((name, "elsewhere", "elsewhere")
+      for name in ("train-json", "train-images", "val-json", "val-images"))])
+def test_machine_places_and_what_is_written_may_change_on_resume(
+        good, tmp_path, name, value, in_force):
+    assert resumed(good, tmp_path, name, value)[name.replace("-", "_")] == in_force
+
+
+@pytest.mark.parametrize("name, value", [
+    ("seed", "1"), ("batch-size", "8"), ("assign", "min-cost"), ("flip", "0.1"), ("shift", "3"),
+    ("weight-decay", "0.5"), ("precision", "bf16"), ("width", "32"), ("max-dets", "50")])
+def test_what_the_result_depends_on_may_not_change_on_resume(good, tmp_path, name, value):
+    with pytest.raises(recipes.UsageError, match=rf"--{name} \(was .*, now {value}\)"):
+        resumed(good, tmp_path, name, value)
+
+
 def test_what_a_run_started_from_is_remembered(good, tiny_scenes, tmp_path, interrupted):
     """--init and --freeze: without --init, --freeze would be refused on resume."""
     torch.save(good, tmp_path / "start.pt")
@@ -306,18 +339,6 @@ def test_a_full_disk_at_the_first_row_of_a_log_leaves_nothing_that_hinders(tmp_p
     assert (tmp_path / "eval.csv").read_text() == "step,AP\n4,1.5\n"
 
 
-def test_a_strategy_that_draws_with_numpy_goes_on_exactly(tiny_scenes, tmp_path, interrupted):
-    file = tmp_path / "my.py"
-    file.write_text("import numpy as np\nimport torch\ndef draw(cost):\n"
-                    "    q = np.random.permutation(cost.shape[0])[:cost.shape[1]]\n"
-                    "    return torch.from_numpy(q), torch.arange(len(q))\n")
-    words = {"assign": f"{file}:draw", "log-every": 1}
-    train.main(flags(tiny_scenes, out=tmp_path / "whole", **words))
-    interrupted(flags(tiny_scenes, out=tmp_path / "parts", **words), at=3)
-    train.main(["--resume", "--out", str(tmp_path / "parts")])
-    assert same(weights(tmp_path / "whole")["model"], weights(tmp_path / "parts")["model"])
-
-
 def test_a_flag_out_of_its_range_is_told_as_on_the_command_line(good, tmp_path, fails):
     torch.save({**good, "args": {**good["args"], "batch_size": -4}}, tmp_path / "last.pt")
     fails(["--resume", "--out", str(tmp_path)], "--batch-size -4")
@@ -327,6 +348,11 @@ def test_a_checkpoint_of_before_a_flag_existed_goes_on_with_its_default(good, tm
     flags_of_then = {name: value for name, value in good["args"].items()
                      if name not in ("shift", "colours", "keep_checkpoints", "freeze")}
     then = {name: value for name, value in good.items() if name not in ("watch", "boxes")}
+    then["random"] = [{name: state for name, state in states.items() if name != "numpy"}
+                      for states in good["random"]]
     torch.save({**then, "args": flags_of_then, "step": 1}, tmp_path / "last.pt")
     train.main(["--resume", "--out", str(tmp_path)])
+    args = weights(tmp_path)["args"]
     assert weights(tmp_path)["step"] == 2
+    assert (args["shift"], args["colours"], args["keep_checkpoints"], args["freeze"]) == (
+        12, 0.0, [], "nothing")

@@ -7,11 +7,10 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -178,6 +177,16 @@ def test_without_out_a_run_gets_a_free_folder_in_runs(tmp_path, monkeypatch):
     assert runs.claim_folder(None, "name", ALONE) == str(Path("runs") / "name-2")
 
 
+def test_of_two_runs_that_want_one_name_at_the_same_time_one_takes_the_next(
+        tmp_path, monkeypatch):
+    """Both saw the first name free."""
+    (tmp_path / "theirs").mkdir()
+    free = iter([tmp_path / "theirs", tmp_path / "ours"])
+    monkeypatch.setattr(runs, "free_name", lambda wanted: str(next(free)))
+    assert runs.claim_folder(None, "name", ALONE) == str(tmp_path / "ours")
+    assert (tmp_path / "ours").is_dir()
+
+
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     with runs.held(tmp_path / "run", ALONE):
         (tmp_path / "run" / "args.json").touch()
@@ -189,6 +198,17 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     with runs.held(tmp_path / "run", ALONE), runs.held(tmp_path / "empty", ALONE):
         pass
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_that_ends_in_time_is_waited_for(tmp_path, monkeypatch):
+    """One that was killed a moment ago, whose workers still hold its folder."""
+    with contextlib.ExitStack() as first:
+        first.enter_context(runs.held(tmp_path / "run", ALONE))
+        (tmp_path / "run" / "args.json").touch()
+        monkeypatch.setattr(runs.time, "sleep", lambda seconds: first.close())
+        with runs.held(tmp_path / "run", ALONE), pytest.raises(runs.RunError):
+            with runs.held(tmp_path / "run", ALONE, patience=-1):
+                pass
 
 
 def test_a_number_below_the_least_is_refused(capsys):
@@ -210,13 +230,13 @@ def test_all_processes_get_the_folder_that_process_0_chose(tmp_path, monkeypatch
     assert runs.claim_folder(None, "name", process) == str(tmp_path / "theirs")
 
 
-def test_two_writers_of_one_file_do_not_meet_halfway(tmp_path):
+def test_two_writers_of_one_file_do_not_meet_halfway(tmp_path, monkeypatch):
     """The one that ends first puts its own in place, whole, and not a part of the other's."""
     with runs.whole(tmp_path / "a") as ours:
         ours.write_text("ours, wh")
-        program = f"import runs; runs.write_whole({str(tmp_path / 'a')!r}, b'theirs')"
-        subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(runs.__file__).parent)
-        assert (tmp_path / "a").read_text() == "theirs"
+        monkeypatch.setattr(runs.os, "getpid", lambda: 1)            # another process
+        runs.write_whole(tmp_path / "a", b"theirs")
+        assert (tmp_path / "a").read_text() == "theirs" and ours.read_text() == "ours, wh"
         ours.write_text("ours, whole")
     assert (tmp_path / "a").read_text() == "ours, whole"
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
@@ -318,7 +338,8 @@ def test_what_a_kill_left_of_a_row_is_cut_off(tmp_path, end):
 # ------------------------------------------------------------------------------------------------
 
 def draw():
-    return random.random(), random.gauss(0, 1), torch.rand(3).tolist(), torch.randn(3).tolist()
+    return (random.random(), random.gauss(0, 1), torch.rand(3).tolist(), torch.randn(3).tolist(),
+            np.random.random(), np.random.normal())
 
 
 def test_random_states_give_the_same_numbers_after_a_checkpoint():
@@ -331,6 +352,12 @@ def test_random_states_give_the_same_numbers_after_a_checkpoint():
     file.seek(0)
     runs.set_random_states(torch.load(file, weights_only=True), "cpu")
     assert draw() == expected
+
+
+def test_each_process_gets_its_own_share_again_and_more_processes_those_of_the_first():
+    shares = [runs.own_share("ab", runs.Process(rank, 3, "cpu")) for rank in range(3)]
+    assert shares == ["a", "b", "a"]
+    assert runs.own_share("ab", ALONE) == "a"
 
 
 def progress(log, first_step=0, steps=100, every=10):
@@ -467,7 +494,8 @@ def test_torchruns_summary_gets_the_sentence(tmp_path, monkeypatch, capsys):
         raise runs.RunError("no such thing")
     assert capsys.readouterr().err == "train.py: no such thing\n"
     failure = ProcessFailure(0, 7, 2, str(tmp_path / "error.json"))
-    assert failure.message == "no such thing" and failure.timestamp <= time.time()
+    # before those of the processes that end because of this one
+    assert failure.message == "no such thing" and failure.timestamp <= time.time() - 1
 
 
 def test_text_that_a_terminal_cannot_print_is_escaped(monkeypatch):
