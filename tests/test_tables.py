@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -88,6 +87,29 @@ def test_means_spreads_and_minutes_over_three_seeds(collected, tmp_path):
     assert "  9 by PyTorch 9.8, fp32, OMP_NUM_THREADS=1." in verdicts[0]
     assert code == 0 and all(" holds: " in line for line in verdicts[1:])
     assert [line.split()[0] for line in verdicts[1:]] == ["Conclusion", "S2", "S3", "S3", "S4"]
+
+
+def test_the_page_and_the_file_hold_the_same_cells(collected, tmp_path):
+    """Markdown: a line a row between bars, under the first one of dashes."""
+    fcos(tmp_path)
+    _, _, rows, _ = collected("--detectors", "fcos")
+    page = (tmp_path / "table-2-scenes-fcos.md").read_text().splitlines()
+    head, dashes, *body = [[cell.strip() for cell in line.strip("|").split(" | ")]
+                           for line in page if line.startswith("|")]
+    assert head == list(rows[0]) and all(set(cell) == {"-"} for cell in dashes)
+    assert body == [list(row.values()) for row in rows] and len(body) == 3
+
+
+@pytest.mark.parametrize("table, names", [
+    ("1", ["Conclusion 3.1", "S1", "Query detectors"]),
+    ("2", ["Conclusion 3.2", "S3 in AP", "S3 in AP", "Query detectors"]),
+    ("3", 4 * ["Section 5.2"])])
+def test_the_papers_own_figures_show_what_it_concludes(table, names):
+    """But for AP50, which its Table 2 does not give, and S4, which asks for several seeds."""
+    paper = claims.paper_table([table])
+    detectors = ["retinanet", "fcos"] if table == "3" else list(recipes.NAMES)
+    said = [line for holds, line in claims.verdicts([table], detectors, paper) if holds]
+    assert [line.split(" holds: ")[0] for line in said] == names
 
 
 def test_one_seed_has_no_spread(collected, tmp_path):
@@ -401,22 +423,49 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(tiny_scenes, tmp_path, c
     assert page.read_text().splitlines()[1] == "old"
 
 
-def test_a_request_to_end_lets_the_rows_save_their_step(tiny_scenes, tmp_path):
-    words = table_1(tiny_scenes, tmp_path, "--steps", "100000", "--checkpoint-every", "5")
-    process = subprocess.Popen([sys.executable, str(ROOT / "tables.py"), *words],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    checkpoints = ()
-    for _ in range(3000):                    # a busy machine takes minutes
-        time.sleep(0.1)
-        checkpoints = list(tmp_path.glob("*/last.pt"))
-        if len(checkpoints) == 2:
-            break
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and error.strip().endswith("the same command goes on")
-    assert len(checkpoints) == 2
-    for file in checkpoints:
-        assert "is saved: go on with" in (file.parent / "output.txt").read_text()
+@pytest.fixture
+def asked_to_end_by_tables():
+    """The handler that tables.py sets for a request to end goes with the test."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_request_to_end_is_one_sentence(
+        tiny_scenes, tmp_path, command, monkeypatch, asked_to_end_by_tables):
+    monkeypatch.setattr(tables, "train_missing",
+                        lambda planned, jobs: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, error = command(tables, *table_1(tiny_scenes, tmp_path))
+    assert code == 130 and error == "tables.py: interrupted; the same command goes on\n"
+
+
+# stands in for a training: begins, and when it is asked to end has something to save
+SAVES = """
+import signal, sys, time
+def end(*_):
+    print("saved", flush=True)
+    sys.exit(130)
+signal.signal(signal.SIGTERM, end)
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_request_to_end_lets_the_rows_save_their_step(tmp_path, monkeypatch):
+    """It comes when both are at work; their time is written down."""
+    said, wait = [tmp_path / name / "output.txt" for name in "ab"], time.sleep
+    given_up = time.time() + 60              # a busy machine takes its time
+
+    def both_at_work(seconds):
+        wait(0.02)
+        if time.time() > given_up or all(file.exists() and file.read_text() for file in said):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.time, "sleep", both_at_work)
+    with pytest.raises(KeyboardInterrupt):
+        runs.side_by_side({file.parent: ([sys.executable, "-c", SAVES], 10) for file in said}, 2)
+    for file in said:
+        assert file.read_text() == "begun\nsaved\n"
         assert len(runs.sittings(file.parent)) == 1
 
 
