@@ -176,16 +176,6 @@ def test_a_changed_file_is_refused_on_resume(tmp_path, tiny_scenes, command):
     assert code == 2 and "--assign" in said and "has changed" in said
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--assign", "one-to-many"], "--cost does not concern --assign one-to-many"),
-    (["--class-cost", "1"], "--class-cost does not concern --cost"),
-    (["--location-cost", "predefined"], "--location-cost does not concern --cost"),
-])
-def test_flags_that_a_cost_makes_void_are_refused(tmp_path, command, more, words):
-    code, _, said = command(train, "--cost", write(tmp_path, COST), *more)
-    assert code == 2 and words in said
-
-
 def test_a_strategy_without_positives_is_warned_of(tmp_path, tiny_scenes, capsys):
     mine = write(tmp_path, "import torch\ndef f(cost):\n"
                            "    return torch.zeros(2, 0, dtype=torch.long).unbind()\n")
