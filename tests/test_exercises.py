@@ -1,4 +1,5 @@
 """The lesson runs.  The exercises: matrices and numbers are right, solutions keep the contract."""
+import math
 import os
 import re
 import subprocess
@@ -44,6 +45,39 @@ def test_the_numbers_of_the_classification_cost_are_right():
 def test_every_solution_keeps_the_contract(name):
     faults = [wrong for *_, wrong in grade.contract(solution(name)) if wrong]
     assert not faults
+
+
+def test_a_solution_is_the_formula_that_its_exercise_names():
+    """Exercises 6 and 7, pair by pair: p^(1-a) IoU^a inside 1.5 strides of the centre, p^a IoU^b.
+
+    What is best is cheapest: with a minus.  Of 1 and 3 assign.py has a rule and a cost.
+    """
+    one, target = grade.image(torch.Generator().manual_seed(0), 40, 5)
+    one.candidates[:5] = (target["boxes"][:, :2] + target["boxes"][:, 2:]).repeat(1, 2) / 2 + 1
+    one.boxes[:5] = target["boxes"] + 3
+    quality, aligned = (solution(name)(one, target) for name in ("quality", "task_aligned"))
+    for q, (x, y) in enumerate(one.candidates[:, :2].tolist()):
+        for g, box in enumerate(target["boxes"].tolist()):
+            p = 1 / (1 + math.exp(-float(one.logits[q, target["labels"][g]])))
+            other = one.boxes[q].tolist()
+            width, height = (min(box[n + 2], other[n + 2]) - max(box[n], other[n]) for n in (0, 1))
+            shared = max(0, width) * max(0, height)
+            areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)]
+            iou = shared / (sum(areas) - shared)
+            off = max(abs(x - (box[0] + box[2]) / 2), abs(y - (box[1] + box[3]) / 2))
+            inside = off <= 1.5 * float(one.strides[q])
+            expected = -p ** 0.2 * iou ** 0.8 if inside else math.inf
+            assert float(quality[q, g]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            assert float(aligned[q, g]) == pytest.approx(-p * iou ** 6, rel=1e-4, abs=1e-6)
+    assert 5 <= quality.isfinite().sum() < quality.numel() and (quality < 0).sum() >= 5
+
+    location = assign.matching_cost(one, target, class_cost=0)
+    assert torch.equal(solution("location_only")(one, target), location)
+    for seed in range(20):
+        cost = torch.rand(6, 4, generator=torch.Generator().manual_seed(seed))
+        cost[cost < 0.3] = math.inf
+        ours, theirs = solution("argmin_rule")(cost), assign.min_cost(cost)
+        assert all(map(torch.equal, ours, theirs))
 
 
 def test_the_auction_is_as_cheap_as_the_hungarian():
