@@ -173,7 +173,7 @@ def test_a_small_run_learns_what_an_untrained_network_cannot(tiny_scenes, tmp_pa
                 "width": 32, "batch-size": 8, "lr": 2e-3, "flip": 0}
     once = {**by_heart, "steps": 1, "lr": 1e-9}
     train.main(flags(tiny_scenes, out=tmp_path / "untrained", **once))
-    often = {**by_heart, "steps": 250, "checkpoint-every": 250}
+    often = {**by_heart, "steps": 120, "checkpoint-every": 120}
     train.main(flags(tiny_scenes, out=out, **often))
 
     log = [float(row["loss"]) for row in rows(out / "log.csv")]
