@@ -74,8 +74,8 @@ def test_a_solution_is_the_formula_that_its_exercise_names():
     location = assign.matching_cost(one, target, class_cost=0)
     assert torch.equal(solution("location_only")(one, target), location)
     for seed in range(20):
-        cost = torch.rand(6, 4, generator=torch.Generator().manual_seed(seed))
-        cost[cost < 0.3] = math.inf
+        cost = torch.rand(3, 4, generator=torch.Generator().manual_seed(seed))
+        cost[cost < 0.5] = math.inf          # now and then all of an object's pairs
         ours, theirs = solution("argmin_rule")(cost), assign.min_cost(cost)
         assert all(map(torch.equal, ours, theirs))
 
