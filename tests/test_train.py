@@ -368,7 +368,6 @@ def test_pictures_without_objects_are_left_out_of_training_where_that_is_asked_f
 # learning rate, weight decay, clipping
 # ------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("words, expected", [
     (["--data", "coco"], {0: 0.01, 500: 0.505, 1000: 1, 209_999: 1, 210_000: 0.1, 250_000: 0.01}),
     (["--data", "coco", "--assign", "one-to-many"],
