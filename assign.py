@@ -258,9 +258,10 @@ def one_to_many_points(cost):
 
 
 def top_k(cost, k=9):
-    """Each object's k cheapest predictions (one-to-many).
+    """Each object's k cheapest predictions (one-to-many), less those that suit others better.
 
-    A prediction that several objects want goes to the one for which it is cheapest.
+    A prediction that several objects want goes to the one for which it is cheapest.  An object
+    that loses all k has no positive: none takes their place.
     """
     wanted = torch.full_like(cost, float("inf"))
     values, rows = cost.topk(min(k, cost.shape[0]), dim=0, largest=False)
@@ -405,7 +406,8 @@ def centre_cost(points, gt, size):
     """Distance from candidate point to box centre, C_L1 of pre-defined points.
 
     points: (Q, 4) boxes without extent.  |dx| / width + |dy| / height, times 2: the released code
-    compares x1 + x2 with x1 + x2 without halving, and the published numbers have that weight.
+    compares x1 + x2 of the point with that of the box, without halving, and the published numbers
+    have that weight.
     """
     scale = size.flip(0).to(gt)                                      # w, h
     twice = (points[:, :2] + points[:, 2:]) / scale                  # (Q, 2) twice the centre

@@ -544,8 +544,8 @@ def data_flags(args):
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="results",
-                                     help="score a result file instead (results --help)")
+    commands = parser.add_subparsers(dest="command", metavar="{results,nms,annotations}",
+                                     help="other figures than a checkpoint's (COMMAND --help)")
     c = commands.add_parser("results", argument_default=argparse.SUPPRESS,
                             help="score the result file of any detector")
     add_result_flags(c, required=True)
@@ -623,7 +623,8 @@ def main():
             elif args.weights:
                 run_checkpoint(args)
             else:
-                parser.error("give --weights last.pt, or the sub-command results")
+                parser.error("give --weights last.pt, or one of the sub-commands results, nms, "
+                             "annotations")
     finally:
         data.end_workers()
 

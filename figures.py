@@ -398,7 +398,9 @@ def score_histograms(runs, file, image=None, count=200):
             label = f"{detector.title}, step {detector.step}"
             left.hist((scores / first).numpy(), bins, color=f"C{n}", alpha=0.5, label=label)
             for q in match.prediction[match.object == 0].tolist():
-                left.axvline(float(scores[q]) / first, color=f"C{n}", linestyle="--")
+                # the first run's is the widest, and is seen behind the others'
+                left.axvline(float(scores[q]) / first, color=f"C{n}", linestyle="--",
+                             linewidth=1.5 + 2.5 * (len(row) - 1 - n))
             place = positives.ranks(one, target, match)[match.object == 0].float().median()
 
             best = torch.cat([positives.class_scores(look(detector, i)[0]).amax(1)

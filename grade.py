@@ -453,7 +453,7 @@ def main():
             return
         if not args.function:
             parser.error("name a strategy or a cost: my.py:f")
-        function = assign.load_strategy(args.function, "grade.py")
+        function = assign.load_strategy(args.function, "the function")
         if args.many and (is_cost(function) or not args.train):
             parser.error("--many takes a strategy, not a cost, and goes with --train")
         print("a cost, of two arguments: one and target" if is_cost(function)

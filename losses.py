@@ -112,7 +112,7 @@ def set_loss(prediction, targets, matches, num_objects, micro_batches=1,
 
         if layer.softmax:
             mean = softmax_loss(layer.logits, index, labels, layer_matches)
-            # a second group's queries, K times as many, pay as a sum, which its weight divides
+            # a second group's queries, `many` times as many, pay as a sum, which its weight divides
             groups = layer.logits.shape[1] / prediction.logits.shape[1]
             terms["class"] += lambda_cls * layer.weight * groups * mean / micro_batches
         else:
@@ -163,8 +163,8 @@ def centreness_target(points, gt):
 def smooth_giou_loss(boxes, gt):
     """1 - GIoU, but with the IoU (I + 1) / (U + 1) of I, intersection, and U, union: (K,).
 
-    boxes, gt: (K, 4) in strides, as in the code of FCOS's authors (AdelaiDet).  The ones make a
-    difference of unit one of loss: a pair of small boxes pays less than it would in pixels.
+    boxes, gt: (K, 4) in strides, as in the code of FCOS's authors (AdelaiDet).  Because of the ones
+    the loss depends on the unit: in strides a pair of small boxes pays less than in pixels.
     """
     shared = torch.minimum(boxes[:, 2:], gt[:, 2:]) - torch.maximum(boxes[:, :2], gt[:, :2])
     hull = torch.maximum(boxes[:, 2:], gt[:, 2:]) - torch.minimum(boxes[:, :2], gt[:, :2])
@@ -334,7 +334,7 @@ def row(flags):
 def many_row(flags):
     """Cost and strategy of the second branch that --many asks for, else None.
 
-    The same cost and its K cheapest predictions an object, or those of another rule, --many-assign.
+    The same cost and up to so many of an object's cheapest predictions, or --many-assign's rule.
     """
     if not flags.get("many"):
         return None
@@ -346,6 +346,6 @@ def many_row(flags):
 
 
 def many_weight(flags, progress):
-    """What a second branch's loss weighs, times K.  progress: of training, 0 to 1"""
+    """What a second branch's loss weighs, times --many.  progress: of training, 0 to 1"""
     first, last = flags.get("many_weight", (1.0, 1.0))
     return first + (last - first) * progress

@@ -16,7 +16,8 @@ cannot tell):
     background  percent of the positives whose grid point or anchor's centre lies on no creature
                 (Observation 3.5).  Where silhouettes are known: the embedded scenes.
     agreed      dense detectors with --many: percent of the positives that are, of their object's
-                positives in the second branch, the one with the highest score there (by chance 1/K)
+                positives in the second branch, the one with the highest score there (by chance
+                1 in --many)
 """
 import json
 import math

@@ -513,10 +513,10 @@ def effective_flags(given):
         why = not_concerned(name, flags)
         if why:
             raise UsageError(f"{flag(name)} {why}")
-    last = max(given.get("milestones", [0]), default=0)
-    if last > flags["steps"]:                # a recipe's own may, for a trial of 200 steps
-        raise UsageError(f"--milestones {last}: the run ends before, after --steps "
-                         f"{flags['steps']}")
+    for milestone in given.get("milestones", ()):
+        if milestone > flags["steps"]:       # a recipe's own may, for a trial of 200 steps
+            raise UsageError(f"--milestones {milestone}: the run ends before, after --steps "
+                             f"{flags['steps']}")
     remember_own_files(flags)
     in_force = {name: flags[name] for name in flags if not not_concerned(name, flags)}
     return in_force, checkpoint

@@ -524,7 +524,8 @@ def test_a_checkpoint_is_scored_on_the_data_it_was_validated_on(tiny_scenes, tmp
 
 
 @pytest.mark.parametrize("words, told", [
-    ([], "give --weights"), (["--weights", "nowhere"], "nowhere: cannot be read"),
+    ([], "sub-commands results, nms, annotations"),
+    (["--weights", "nowhere"], "nowhere: cannot be read"),
     (["--weights", "."], "last.pt: cannot be read"), (["nms"], "nms wants --weights"),
     (["nms", "--weights", "nowhere"], "nowhere: cannot be read"),
     (["annotations"], "--data crowd"),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.path import Path as Polygon
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
@@ -52,6 +53,19 @@ def test_the_lines_of_figure_4_are_the_scores_of_the_network(two_runs, tiny_scen
     assert f"highest score {first:.3f}, second {second:.3f}, gap {first - second:.3f}" in told[0]
     assert "step 3: " in told[0] and "step 6: " in told[3]
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_positives_of_one_score_are_both_seen(two_runs, tmp_path, monkeypatch):
+    """Two lines at one place, the second drawn over the first: the first is the wider."""
+    widths, axvline = [], plt.Axes.axvline
+
+    def noted(axes, x, **look):
+        widths.append(look["linewidth"])
+        return axvline(axes, x, **look)
+
+    monkeypatch.setattr(plt.Axes, "axvline", noted)
+    figures.score_histograms([two_runs[0], two_runs[0]], tmp_path / "a.png", count=1)
+    assert len(widths) == 4 and all(a > b for a, b in zip(widths[::2], widths[1::2]))
 
 
 def test_the_share_on_the_background_is_that_of_the_polygons(two_runs, tiny_scenes, tmp_path):

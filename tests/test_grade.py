@@ -127,7 +127,8 @@ def test_the_command_prints_a_line_a_rule_and_writes_for_a_grader(tmp_path, comm
     assert lines[-1] == out.splitlines()[-1]
     assert lines[-1] == f"{written['points']}/100 points for {tmp_path}/my.py:f"
     code, out, err = command(grade, "none.py:f")
-    assert code == 2 and not out and err.count("\n") == 1
+    assert code == 2 and not out
+    assert err == "grade.py: the function none.py:f: the file none.py does not exist\n"
 
 
 def test_points_of_the_effect_are_a_straight_line_between_the_published_cut_offs():

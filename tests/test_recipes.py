@@ -136,7 +136,7 @@ BEYOND = {
     "train-sizes": [0, "64 -1"], "train-longest": [0], "test-size": [-1], "test-longest": [0],
     "crop": ["nan", 1.5], "flip": [7, -0.1], "colours": ["inf"], "square": [-5], "shift": [-1],
     "lr": [0, -1, "nan", "inf"], "weight-decay": [-1, "nan"], "clip-grad": [-1, "inf"],
-    "backbone-lr-factor": [-0.1], "steps": [0], "batch-size": [0, -4], "accumulate": [0],
+    "backbone-lr-factor": [-0.1], "steps": [0, -5], "batch-size": [0, -4], "accumulate": [0],
     "seed": [-1, 2 ** 63], "workers": [-1], "eval-every": [-1], "log-every": [0],
     "checkpoint-every": [0], "keep-checkpoints": [0, "0.5 1.5"], "max-dets": [0],
     "class-cost": ["nan", -1], "lambda-cls": ["inf"], "lambda-l1": [-1], "lambda-iou": ["nan"],
