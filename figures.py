@@ -423,8 +423,10 @@ def score_histograms(runs, file, image=None, count=200):
 def ring(canvas, at, colour, radius=9):
     pen = ImageDraw.Draw(canvas)
     x, y = at
-    pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=3)
-    pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
+    for edge, ink in ((1, "black"), (0, colour)):        # a red ring is to be seen on red as well
+        outer, inner = radius + edge, 2 + edge
+        pen.ellipse((x - outer, y - outer, x + outer, y + outer), outline=ink, width=3 + 2 * edge)
+        pen.ellipse((x - inner, y - inner, x + inner, y + inner), fill=ink)
 
 
 def where_positives_lie(detector, silhouettes, i):

@@ -68,6 +68,13 @@ def test_positives_of_one_score_are_both_seen(two_runs, tmp_path, monkeypatch):
     assert len(widths) == 4 and all(a > b for a, b in zip(widths[::2], widths[1::2]))
 
 
+def test_a_ring_is_seen_on_its_own_colour():
+    canvas = Image.new("RGB", (40, 40), "red")
+    figures.ring(canvas, (20, 20), "red")
+    pixels = np.asarray(canvas)
+    assert (pixels[20, 20] == (255, 0, 0)).all() and (pixels == 0).all(-1).any()
+
+
 def test_the_share_on_the_background_is_that_of_the_polygons(two_runs, tiny_scenes, tmp_path):
     """Location only: the positive is the point nearest to the box's centre, whatever is learned."""
     told = figures.positive_samples(two_runs[:1], tmp_path / "a.png", counted=24)
