@@ -645,6 +645,23 @@ def test_the_readmes_example_keeps_the_contract(tmp_path):
         assert len(set(prediction.tolist())) == len(set(object_.tolist())) == len(prediction)
 
 
+def test_the_cost_of_one_kind_allows_square_anchors_of_the_finest_level_alone(tmp_path):
+    """The experiment of docs/results.md.  RetinaNet's anchors of two levels, by hand."""
+    page = (ROOT / "docs" / "results.md").read_text()
+    (tmp_path / "one_kind.py").write_text(page.split("```python\n")[1].split("```")[0])
+    mine = ideas.load("--cost", f"{tmp_path}/one_kind.py:one_kind")
+    sides = [(45, 23), (32, 32), (23, 45), (91, 45), (64, 64), (45, 91)]
+    half = torch.tensor(sides) / 2
+    anchors = torch.cat([40 - half, 40 + half], 1)
+    one = Prediction(torch.zeros(6, 2), anchors, anchors, torch.tensor([8, 8, 8, 16, 16, 16]))
+    target = {"boxes": torch.tensor([[20.0, 20, 60, 60]]), "labels": torch.tensor([1]),
+              "size": torch.tensor([128, 128])}
+    cost = mine(one, target)
+    assert cost[:, 0].isfinite().tolist() == [False, True, False, False, False, False]
+    allowed = assign.matching_cost(one, target, assign.anchor_location)
+    assert cost[1] == allowed[1]
+
+
 MY_OWN = """import assign
 
 def good(cost):
