@@ -258,14 +258,14 @@ def one_to_many_points(cost):
 
 
 def top_k(cost, k=9):
-    """Each object's k cheapest predictions (one-to-many), less those that suit others better.
+    """Each object's k cheapest predictions (one-to-many).
 
-    A prediction that several objects want goes to the one for which it is cheapest.  An object
-    that loses all k has no positive: none takes their place.
+    A prediction that several objects want goes to the one for which it is cheapest; an object that
+    loses all k has no positive.
     """
-    wanted = torch.full_like(cost, float("inf"))
+    allowed = torch.full_like(cost, float("inf"))        # forbids all but an object's k cheapest
     values, rows = cost.topk(min(k, cost.shape[0]), dim=0, largest=False)
-    return one_to_many_points(wanted.scatter(0, rows, values))
+    return one_to_many_points(allowed.scatter(0, rows, values))
 
 
 ASSIGNERS = {"hungarian": hungarian, "min-cost": min_cost, "one-to-many-iou": one_to_many_iou,

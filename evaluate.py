@@ -545,7 +545,8 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="{results,nms,annotations}",
-                                     help="other figures than a checkpoint's (COMMAND --help)")
+                                     help="something else (COMMAND --help)")
+    # SUPPRESS: a sub-command's defaults would undo flags that are given before its name
     c = commands.add_parser("results", argument_default=argparse.SUPPRESS,
                             help="score the result file of any detector")
     add_result_flags(c, required=True)
@@ -553,7 +554,6 @@ def make_parser():
     c.add_argument("--max-dets", type=runs.at_least(1), metavar="N",
                    help="detections per image and class that count (default 100, crowdhuman 500)")
 
-    # without SUPPRESS it would undo flags given before the command
     c = commands.add_parser("nms", argument_default=argparse.SUPPRESS,
                             help="does a detector need NMS?  AP by NMS threshold, duplicates, "
                                  "score gaps (Section 3.4)")
@@ -594,7 +594,8 @@ def add_checkpoint_flags(parser, out):
     data.add_data_flags(g, train=False)
     g = parser.add_argument_group("how")
     g.add_argument("--max-dets", type=runs.at_least(1), metavar="N",
-                   help="detections per image (default: the checkpoint's, 100)")
+                   help="detections per image (default: the checkpoint's; of a result file 100, "
+                        "crowdhuman 500)")
     g.add_argument("--batch-size", type=runs.at_least(1), metavar="N",
                    help="pictures at a time, of each process (default: 1, as published, of scenes "
                         "and crowd 16); where their sizes differ, more than 1 changes the figures")
@@ -612,6 +613,10 @@ def main():
     faults = annotations.DataError, checkpoints.CheckpointError, runs.RunError
     try:
         with runs.faults_told("evaluate.py", *faults):
+            if args.command and args.per_class:
+                parser.error(f"--per-class is not of {args.command}, but of --weights alone")
+            if args.command in ("results", "annotations") and args.weights:
+                parser.error(f"{args.command} takes no --weights")
             if args.command == "results":
                 run_results(args)
             elif args.command == "annotations":

@@ -421,12 +421,13 @@ def score_histograms(runs, file, image=None, count=200):
 
 
 def ring(canvas, at, colour, radius=9):
+    """A ring and a dot in its middle, both with a black edge, so that they show on any colour."""
     pen = ImageDraw.Draw(canvas)
     x, y = at
-    for edge, ink in ((1, "black"), (0, colour)):        # a red ring is to be seen on red as well
-        outer, inner = radius + edge, 2 + edge
-        pen.ellipse((x - outer, y - outer, x + outer, y + outer), outline=ink, width=3 + 2 * edge)
-        pen.ellipse((x - inner, y - inner, x + inner, y + inner), fill=ink)
+    for edge, ink in ((1, "black"), (0, colour)):            # the black ones, wider, lie beneath
+        r, dot = radius + edge, 2 + edge
+        pen.ellipse((x - r, y - r, x + r, y + r), outline=ink, width=3 + 2 * edge)
+        pen.ellipse((x - dot, y - dot, x + dot, y + dot), fill=ink)
 
 
 def where_positives_lie(detector, silhouettes, i):

@@ -161,10 +161,11 @@ def centreness_target(points, gt):
 
 
 def smooth_giou_loss(boxes, gt):
-    """1 - GIoU, but with the IoU (I + 1) / (U + 1) of I, intersection, and U, union: (K,).
+    """1 - GIoU with (I + 1) / (U + 1) in place of the IoU I / U, of intersection and union: (K,).
 
-    boxes, gt: (K, 4) in strides, as in the code of FCOS's authors (AdelaiDet).  Because of the ones
-    the loss depends on the unit: in strides a pair of small boxes pays less than in pixels.
+    boxes, gt: (K, 4) in strides of their level, as in the code of FCOS's authors (AdelaiDet).
+    Because of the ones the loss depends on the unit: in strides a pair of small boxes pays less
+    than in pixels.
     """
     shared = torch.minimum(boxes[:, 2:], gt[:, 2:]) - torch.maximum(boxes[:, :2], gt[:, :2])
     hull = torch.maximum(boxes[:, 2:], gt[:, 2:]) - torch.minimum(boxes[:, :2], gt[:, :2])
@@ -180,7 +181,8 @@ def fcos_loss(prediction, targets, matches, num_objects=None, micro_batches=1, s
     Normalised by the number of positives, and the sum of their centre-ness, averaged over the
     processes.
 
-    smooth: the GIoU loss of the authors' code, else the usual one (cvpods, CrowdHuman's baseline)
+    smooth: smooth_giou_loss, as the authors' code (COCO), else the usual GIoU loss (cvpods, the
+    baseline on CrowdHuman)
     """
     index, gt, labels = positives(targets, matches[0])
     boxes, logit = prediction.boxes[index], prediction.raw["centreness"][index]

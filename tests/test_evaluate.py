@@ -529,6 +529,8 @@ def test_a_checkpoint_is_scored_on_the_data_it_was_validated_on(tiny_scenes, tmp
     (["--weights", "."], "last.pt: cannot be read"), (["nms"], "nms wants --weights"),
     (["nms", "--weights", "nowhere"], "nowhere: cannot be read"),
     (["annotations"], "--data crowd"),
+    (["--weights", "w", "annotations", "--data", "crowd"], "annotations takes no --weights"),
+    (["--per-class", "nms", "--weights", "w"], "--per-class is not of nms"),
     (["nms", "--weights", "w", "--gt", "g"], "nms wants --weights last.pt, or --gt and --dt"),
     (["--weights", "untrained.pt"], "untrained.pt: of another version of train.py, or damaged"),
 ])
