@@ -336,7 +336,7 @@ def row(flags):
 def many_row(flags):
     """Cost and strategy of the second branch that --many asks for, else None.
 
-    The same cost and up to so many of an object's cheapest predictions, or --many-assign's rule.
+    The same cost, and up to `many` of an object's cheapest predictions or --many-assign's rule.
     """
     if not flags.get("many"):
         return None

@@ -378,8 +378,8 @@ class Detector(nn.Module):
     class_branch = ()                        # modules that only the scores of classes go through
     # of a detector that checkpoints.load has read: its classes, and how pictures become a batch
     class_names, prepare = (), None
-    # of a second branch, if there is one: its positives an object; so many times the weight of its
-    # loss; whether the features in front of both branches learn by it alone
+    # of a second branch, if there is one: its positives an object (`many`); the weight of its loss,
+    # times `many`; whether the features in front of both branches learn by it alone
     many, many_weight, many_detach = 0, 1.0, False
 
     def __init__(self, backbone, pixels="rgb"):

@@ -633,12 +633,16 @@ def test_a_broken_strategy_is_told_what_is_wrong(sentence):
         check_order(BROKEN[sentence], cost, generator(0))
 
 
+def copied(page, name, folder):
+    """The one example on a page that begins with its file's name, as a reader copies it."""
+    (example,) = [block.split("```")[0] for block in (ROOT / page).read_text().split("```python\n")
+                  if block.startswith(f"# {name}")]
+    (folder / name).write_text(example)
+
+
 def test_the_readmes_example_keeps_the_contract(tmp_path):
     """What a student copies first must pass the test that the README tells to run next."""
-    readme = (ROOT / "README.md").read_text()
-    (example,) = [block.split("```")[0] for block in readme.split("```python\n")
-                  if block.startswith("# my.py")]
-    (tmp_path / "my.py").write_text(example)
+    copied("README.md", "my.py", tmp_path)
     mine = assign.load_strategy(f"{tmp_path}/my.py:greedy")
     for Q, G, forbidden in itertools.product((0, 1, 9), (0, 1, 5, 12), (0.0, 0.4, 1.0)):
         prediction, object_ = check_contract(mine, random_cost(Q, G, forbidden))
@@ -647,8 +651,7 @@ def test_the_readmes_example_keeps_the_contract(tmp_path):
 
 def test_the_cost_of_one_kind_allows_square_anchors_of_the_finest_level_alone(tmp_path):
     """The experiment of docs/results.md.  RetinaNet's anchors of two levels, by hand."""
-    page = (ROOT / "docs" / "results.md").read_text()
-    (tmp_path / "one_kind.py").write_text(page.split("```python\n")[1].split("```")[0])
+    copied("docs/results.md", "one_kind.py", tmp_path)
     mine = ideas.load("--cost", f"{tmp_path}/one_kind.py:one_kind")
     sides = [(45, 23), (32, 32), (23, 45), (91, 45), (64, 64), (45, 91)]
     half = torch.tensor(sides) / 2
